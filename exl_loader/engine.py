@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,10 +40,17 @@ if TYPE_CHECKING:
     from .memory.buffers import Buffers
     from .memory.reservation import Reservation
     from .model.adapters import LoadedLora
+    from .other_machines import OtherMachines
     from .text.tokenizer import Tokenizer
 
 Settings = SamplingSettings | Mapping[str, Any] | None
 T = TypeVar("T")
+
+
+def _release(buffers: Buffers, others: OtherMachines | None) -> None:
+    buffers.release()
+    if others is not None:
+        others.unload()
 
 
 class LoadedModel:
@@ -58,6 +66,7 @@ class LoadedModel:
         reservation: the planned memory.
         buffers: the allocated memory.
         draft_model: None for none.
+        others: the machines that have the layers after those of `model`; None for none.
 
     Attributes:
         config: the model's configuration.
@@ -74,17 +83,20 @@ class LoadedModel:
         reservation: Reservation,
         buffers: Buffers,
         draft_model: DraftModel | None = None,
+        others: OtherMachines | None = None,
     ) -> None:
         self.config: ModelConfig = model.config
         self.reservation = reservation
         self.ctx_size: int = reservation.ctx_size
-        self._generator = Generator(model, cache, draft_model, buffers.release)
+        self._generator = Generator(
+            model, cache, draft_model, partial(_release, buffers, others)
+        )
         self._requests = RequestReader(
             self.config, tokenizer, self.ctx_size, model.max_batch_size
         )
         self.eos_token_ids: tuple[int, ...] = self._requests.eos_token_ids
         model.sampled_vocab_size = self._requests.sampled_vocab_size
-        self._buffers = buffers
+        self._buffers, self._others = buffers, others
         self._loras = model.loras
 
     def __enter__(self) -> LoadedModel:
@@ -487,11 +499,22 @@ class LoadedModel:
         """Return the sum of the allocated buffers; equals the reservation's total while loaded.
 
         Args:
-            device: count the buffers of this device alone.
-            segment: count those of this kind alone: `weights`, `cache`, `workspace`, `embedding`
-                or `loras`.
+            device: count the buffers of this device of this machine alone.
+            segment: count those of this kind on this machine alone: `weights`, `cache`,
+                `workspace`, `embedding` or `loras`.
         """
-        return self._buffers.allocated_bytes(device, segment)
+        found = self._buffers.allocated_bytes(device, segment)
+        if device is None and segment is None and self._others is not None:
+            found += sum(self._others.allocated_bytes().values())
+        return found
+
+    def allocated_on_machines(self) -> dict[tuple[int, str], int]:
+        """Return the bytes of the buffers on each device of other machines.
+
+        Returns:
+            (place of the machine, device) -> bytes; empty for a model on this machine alone.
+        """
+        return {} if self._others is None else self._others.allocated_bytes()
 
     def unload(self) -> None:
         """End all generations and free the memory. A second call does nothing.

@@ -10,22 +10,31 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .backends import backend_of, get_ops
 from .cache.layout import CacheType
-from .cache.paging import PagedCache
+from .cache.paging import PageCopier, PagedCache
 from .generation.draft_model import DraftModel, check_vocabularies
+from .machines.connected import connection_of
 from .memory.buffers import Buffers, allocate, trim_heap
 from .memory.reservation import LoadOptions, PlannedModel, planned
-from .memory.reservation.budgets import chosen_devices
+from .memory.reservation.budgets import chosen_devices, gpu_split_by_machine
 from .memory.reservation.costs import DRAFT_PREFIX
 from .memory.reservation.text import refusal
+from .other_machines import OtherMachines
 from .utils.errors import DeviceError, InsufficientMemory, drop_locals, is_out_of_memory
 from .utils.output import warn
-from .utils.progress import LOADING, LOADING_DRAFT, Progress, checked_progress, task
+from .utils.progress import (
+    LOADING,
+    LOADING_DRAFT,
+    LockedProgress,
+    Progress,
+    checked_progress,
+    task,
+)
 from .utils.system.processors import torch_on_one_thread
 
 if TYPE_CHECKING:
@@ -34,10 +43,15 @@ if TYPE_CHECKING:
 
     from .backends.base import DeviceOps
     from .engine import LoadedModel
+    from .machines.connection import Machines
+    from .memory.reservation.answers import PlannedPart
     from .memory.reservation.costs import PlacedModel
     from .memory.reservation.options import LoadKeywords
     from .model.forward import Model
+    from .model.local_layers import LocalLayers
     from .text.tokenizer import Tokenizer
+
+    Workspaces = Mapping[str, Mapping[str, torch.Tensor]]
 
 
 def load(
@@ -72,8 +86,9 @@ def load(
     chosen = LoadOptions.from_keywords("load", options)
     try:
         _import_torch(progress)
-        _open_devices(model_dir, chosen)
-        return _plan_and_load(model_dir, chosen, progress)
+        machines = connection_of(chosen.machines, progress)
+        _open_devices(model_dir, chosen, machines)
+        return _plan_and_load(model_dir, chosen, progress, machines)
     except BaseException as error:
         drop_locals(error)
         gc.collect()
@@ -83,15 +98,16 @@ def load(
 
 
 def _plan_and_load(
-    model_dir: str | os.PathLike[str], options: LoadOptions, progress: Progress
+    model_dir: str | os.PathLike[str], options: LoadOptions, progress: Progress,
+    machines: Machines | None,
 ) -> LoadedModel:
     """Plan, and load the model if it fits.
 
     This is a function of its own because the plan's parts hold views of the buffers. After an
     error, `load` drops the locals of all frames but its own, which is still running.
     """
-    with planned(model_dir, options) as plan, torch_on_one_thread():
-        return _load_planned(plan, options, progress)
+    with planned(model_dir, options, machines) as plan, torch_on_one_thread():
+        return _load_planned(plan, options, progress, machines)
 
 
 def _import_torch(progress: Progress) -> None:
@@ -102,7 +118,7 @@ def _import_torch(progress: Progress) -> None:
 
 
 def _load_planned(
-    plan: PlannedModel, options: LoadOptions, progress: Progress
+    plan: PlannedModel, options: LoadOptions, progress: Progress, machines: Machines | None
 ) -> LoadedModel:
     """Do the steps that need PyTorch. Cheap steps that can fail come first."""
     if not plan.reservation.fits:
@@ -119,27 +135,78 @@ def _load_planned(
         )
     ops = _open_ops(plan.model.parts.device_map.devices, progress)
     with ExitStack() as kept:
+        others = None
+        if machines is not None and plan.others:
+            progress = LockedProgress(progress)
+            others = kept.enter_context(OtherMachines(machines, plan, options, progress))
         buffers = allocate(plan.segments, progress)
         kept.callback(buffers.release)
         cache_type = CacheType.parse(plan.reservation.cache_type)
         reader = _WeightReader(buffers, ops, cache_type, options, tokenizer, progress)
         # First, because TabbyAPI shows the progress of a draft model before that of the model.
         drafting = None if plan.draft is None else reader.model(plan.draft, DRAFT_PREFIX)
-        model, cache = reader.model(plan.model)
+        model, cache = reader.model(plan.model, others=others)
         draft_model = None
         if drafting is not None:
             draft, draft_cache = drafting
             vocab_size = min(model.config.vocab_size, draft.config.vocab_size)
             draft_model = DraftModel(draft, draft_cache, options.draft_max, vocab_size)
-        loaded = LoadedModel(model, cache, tokenizer, plan.reservation, buffers, draft_model)
+        loaded = LoadedModel(
+            model, cache, tokenizer, plan.reservation, buffers, draft_model, others
+        )
         if loaded.tokenizer_warning:
             warn(f"{plan.reservation.model_dir}: {loaded.tokenizer_warning}")
         kept.pop_all()
     return loaded
 
 
-def _open_devices(model_dir: str | os.PathLike[str], options: LoadOptions) -> None:
-    """Initialize the devices, so that the plan can measure their overhead.
+@dataclass(frozen=True)
+class LoadedPart:
+    """Layers of a model that another machine runs for the first one.
+
+    Args:
+        layers: ready to run.
+        cache: of these layers.
+        buffers: the allocated memory.
+    """
+
+    layers: LocalLayers
+    cache: PagedCache
+    buffers: Buffers
+
+
+def load_part(plan: PlannedPart, options: LoadOptions, progress: Progress) -> LoadedPart:
+    """Load a machine's part of a model.
+
+    Args:
+        plan: the part, whose checkpoint is open.
+        options: those of the first machine that decide how layers compute.
+        progress: gets the tasks of the load.
+
+    Raises:
+        As `load`.
+    """
+    from .model.local_layers import LocalLayers
+
+    with torch_on_one_thread(), ExitStack() as kept:
+        ops = _open_ops(plan.model.parts.device_map.devices, progress)
+        buffers = allocate(plan.segments, progress)
+        kept.callback(buffers.release)
+        reader = _WeightReader(buffers, ops, plan.run.cache_type, options, None, progress)
+        workspaces = reader.read(plan.model)
+        cache = reader.cache(plan.model, workspaces)
+        layers = LocalLayers(
+            plan.model.parts, workspaces, cache.layers, ops, alpha_value=options.alpha_value,
+            compress_pos_emb=options.compress_pos_emb,
+        )
+        kept.pop_all()
+    return LoadedPart(layers, cache, buffers)
+
+
+def _open_devices(
+    model_dir: str | os.PathLike[str], options: LoadOptions, machines: Machines | None
+) -> None:
+    """Initialize this machine's devices, so that the plan can measure their overhead.
 
     Only devices that hold layers of the plan are initialized.
 
@@ -147,14 +214,17 @@ def _open_devices(model_dir: str | os.PathLike[str], options: LoadOptions) -> No
         InsufficientMemory: the model does not fit, even with the overhead that is assumed for
             devices that are not initialized.
     """
-    names = chosen_devices(options)
+    own_split = gpu_split_by_machine(options, machines)[0]
+    names = chosen_devices(replace(options, gpu_split=own_split))
     # A device with more overhead than was assumed may hold fewer layers, so that the next plan
     # needs another device.
     while any(not backend_of(name).is_initialized(name) for name in names):
-        with planned(model_dir, options) as plan:
+        with planned(model_dir, options, machines) as plan:
             if not plan.reservation.fits:
                 raise refusal(plan.reservation)
-            used = [device.device for device in plan.reservation.devices]
+            used = [
+                device.device for device in plan.reservation.devices if device.machine == 0
+            ]
         closed = [name for name in used if not backend_of(name).is_initialized(name)]
         if not closed:
             return
@@ -247,42 +317,29 @@ class _WeightReader:
     tokenizer: Tokenizer | None
     progress: Progress
 
-    def model(self, placed: PlacedModel, prefix: str = "") -> tuple[Model, PagedCache]:
+    def model(
+        self, placed: PlacedModel, prefix: str = "", others: OtherMachines | None = None
+    ) -> tuple[Model, PagedCache]:
         """Read a model's weights into their views.
 
         Args:
-            placed: the model.
+            placed: the model, or the first machine's part of it.
             prefix: before the names of its tensors in the buffers.
+            others: the machines that load the other parts meanwhile.
         """
         from .model.forward import Model
         from .model.key_sample import SAMPLE_TEXT
 
-        parts = placed.parts
-        workspaces = {
-            device: self._views("workspace", prefix, device)
-            for device in parts.device_map.devices
-        }
-        cache = PagedCache.from_views(
-            self._views("cache", prefix), "cache", self.cache_type,
-            [(workspaces[device], index) for device, index in parts.layer_places()],
-            placed.cache_tokens,
-        )
-        views = self._views("weights", prefix) | self._views("embedding", prefix)
-        total = sum(spec.nbytes for spec in parts.specs())
-        name = LOADING_DRAFT if prefix else LOADING
-        with (
-            _refused_memory_is_named(),
-            task(self.progress, name, total, "bytes") as advance,
-            upload_buffers(self.ops, self.buffers),
-        ):
-            parts.load(placed.checkpoint, views, self.ops, advance)
+        workspaces = self.read(placed, prefix)
+        remote = None if others is None else others.layers()
+        cache = self.cache(placed, workspaces, prefix, remote)
         rooms = {
             device: self.buffers.whole("loras", device)
             for device, nbytes in placed.rooms.items() if nbytes
         }
         with _refused_memory_is_named():
             model = Model(
-                parts, workspaces, cache, self.ops, rooms=rooms,
+                placed.parts, workspaces, cache, self.ops, remote=remote, rooms=rooms,
                 alpha_value=self.options.alpha_value,
                 compress_pos_emb=self.options.compress_pos_emb,
                 sample_text_ids=self.tokenizer.encode(SAMPLE_TEXT) if self.tokenizer else (),
@@ -292,6 +349,35 @@ class _WeightReader:
             for adapter, scaling in placed.loras.adapters:
                 model.load_lora(adapter, scaling)
         return model, cache
+
+    def read(self, placed: PlacedModel, prefix: str = "") -> Workspaces:
+        """Read the weights; return the workspace of each device."""
+        parts = placed.parts
+        views = self._views("weights", prefix) | self._views("embedding", prefix)
+        total = sum(spec.nbytes for spec in parts.specs())
+        name = LOADING_DRAFT if prefix else LOADING
+        with (
+            _refused_memory_is_named(),
+            task(self.progress, name, total, "bytes") as advance,
+            upload_buffers(self.ops, self.buffers),
+        ):
+            parts.load(placed.checkpoint, views, self.ops, advance)
+        return {
+            device: self._views("workspace", prefix, device)
+            for device in parts.device_map.devices
+        }
+
+    def cache(
+        self, placed: PlacedModel, workspaces: Workspaces, prefix: str = "",
+        elsewhere: PageCopier | None = None,
+    ) -> PagedCache:
+        """Make the cache of these layers; `elsewhere` as for `PagedCache`."""
+        places = placed.parts.layer_places()
+        return PagedCache.from_views(
+            self._views("cache", prefix), "cache", self.cache_type,
+            [(workspaces[device], index) for device, index in places],
+            placed.cache_tokens, placed.parts.device_map.first_layer, elsewhere,
+        )
 
     def _views(
         self, segment: str, prefix: str, device: str | None = None

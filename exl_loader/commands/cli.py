@@ -27,6 +27,9 @@ COMMANDS = {
     "chat": ("exl_loader.commands.chat", "talk to a model in the terminal"),
     "plan": ("exl_loader.commands.plan", "compute the memory that a model will take"),
     "bench": ("exl_loader.commands.bench", "measure speed by depth and cache type"),
+    "serve-stage": (
+        "exl_loader.commands.serve_stage", "run layers of a model for another machine"
+    ),
     "eval": ("exl_loader.commands.eval", "measure how much quality each cache type loses"),
     "download": ("exl_loader.commands.download", "download a model from the Hugging Face Hub"),
     "convert": ("exl_loader.commands.convert", "quantise a model folder to EXL2"),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Any
 
-from ..utils.errors import MachineLost, drop_locals
+from ..utils.errors import MachineLost, MachineRefused, drop_locals
 from ..utils.progress import NullProgress, Progress, task
 from .address import Address
 from .frames import Frame
@@ -39,7 +39,10 @@ class Machines:
 
     Attributes:
         others: the other machines in the order of the ring.
+        in_use: whether a model is loaded over them; the user's word.
     """
+
+    in_use = False
 
     def __init__(self, address: Address, patience: float, timeout: float, beat: float,
                  progress: Progress) -> None:
@@ -166,6 +169,11 @@ class Machines:
         """
         self._ring.check()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether a machine or a link was lost, or the connection was closed."""
+        return self._ring.ended
+
     def reserve(self, count: int, nbytes: int) -> None:
         """Keep buffers for frames longer than `link.SHORT_BYTES`.
 
@@ -258,15 +266,9 @@ def connect(
         MachineLost: a machine that had answered did not connect.
     """
     with _connecting:
-        kept = _connections.pop(address, None)
+        kept = _usable(address)
         if kept is not None:
-            try:
-                kept.check()
-            except MachineLost:
-                kept.close()
-            else:
-                _connections[address] = kept
-                return kept
+            return kept
         try:
             machines = Machines(address, patience, timeout, beat, progress or NullProgress())
         except BaseException as error:
@@ -275,6 +277,28 @@ def connect(
             raise
         _connections[address] = machines
         return machines
+
+
+def _usable(address: Address) -> Machines | None:
+    """Return the kept connection of an address; close one that failed or has other machines.
+
+    Raises:
+        MachineRefused: a model runs over other machines at this host and port.
+    """
+    for known, kept in list(_connections.items()):
+        if (known.host, known.port) != (address.host, address.port):
+            continue
+        if not kept.has_ended:
+            if known == address:
+                return kept
+            if kept.in_use:
+                raise MachineRefused(
+                    str(address), expected="no other machines at this host and port",
+                    actual="a model that is loaded over them", remedy="Unload it first",
+                )
+        del _connections[known]
+        kept.close()
+    return None
 
 
 def close_all(addresses: Sequence[Address] | None = None) -> None:

@@ -191,12 +191,13 @@ def make_group(
     Raises:
         Unreachable: the neighbour did not connect in time.
     """
-    options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    gloo: Any = ProcessGroupGloo
+    options = gloo._Options()
     options._devices = [device]
     options._threads = 1
     options._timeout = timedelta(seconds=timeout)
     prefixed = PrefixStore(name, PrefixStore(_PREFIX, store))
-    group: Any = bounded(lambda: ProcessGroupGloo(prefixed, rank, 2, options), timeout + 5)
+    group: Any = bounded(lambda: gloo(prefixed, rank, 2, options), timeout + 5)
     return group
 
 

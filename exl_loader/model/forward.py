@@ -19,13 +19,13 @@ from ..backends.base import DeviceOps
 from ..cache.layout import PAGE_LEN
 from ..cache.paging import PagedCache, PagedSequence
 from ..generation.forward_model import LandedFlight, LogitsMode, LogitsRow, TopLogits
-from ..utils.errors import CacheFull, InvalidSettings
+from ..utils.errors import CacheFull, InvalidCall, InvalidSettings
 from ..utils.progress import NullProgress, Progress, task
 from .adapters import Adapters, LoadedLora
 from .assembly import ModelParts
 from .key_sample import sample_ids
 from .local_layers import Entry, LocalLayers
-from .remote_layers import most_in_flight
+from .pass_frames import most_in_flight
 from .step import most_rows
 from .top_logits_reader import TopLogitsReader
 
@@ -310,7 +310,12 @@ class Model:
         return self._adapters.loaded
 
     def load_lora(self, adapter: Adapter, scaling: float) -> None:
-        """Load an adapter, which changes all later steps; see `Adapters.load`."""
+        """Load an adapter, which changes all later steps; see `Adapters.load`.
+
+        Raises:
+            InvalidCall: the model is on several machines.
+        """
+        self._check_alone("a LoRA adapter")
         self._adapters.load(adapter, scaling)
         self._local.forget_steps()
 
@@ -330,7 +335,11 @@ class Model:
         Args:
             cache: in place of the model's own; no sequence holds a page of it.
             ops: device -> operations in place of the model's own.
+
+        Raises:
+            InvalidCall: the model is on several machines.
         """
+        self._check_alone("a comparison of caches")
         model = Model(
             self._parts, self._workspaces, cache, ops or self._ops,
             sample_text_ids=self._sample_text_ids, **self._rope_options,
@@ -338,6 +347,14 @@ class Model:
         # The frequencies of a slot are in the shared workspace.
         self._local.share_inputs(model._local)
         return model
+
+    def _check_alone(self, thing: str) -> None:
+        if self._remote is not None:
+            raise InvalidCall(
+                thing, expected="a model on one machine",
+                actual=f"one on {self._remote.num_machines} machines",
+                remedy="Load it without machines",
+            )
 
     def rope_class(self, rope_len: int) -> int:
         """Return a number that is the same for lengths with the same RoPE frequencies."""

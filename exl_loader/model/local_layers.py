@@ -133,10 +133,19 @@ class LocalLayers:
         self._slot_rope_len = [1] * self.max_batch_size
 
     @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices, in the order of the layers."""
+        return self._parts.device_map.devices
+
+    @property
+    def layer_numbers(self) -> range:
+        """The model's numbers of the layers."""
+        return self._parts.device_map.numbers
+
+    @property
     def decode_rows(self) -> int:
         """Most ids of a sequence in one step that have the same bits as in steps of one id."""
-        devices = self._parts.device_map.devices
-        limits = (self._ops[device].decode_rows or self.chunk_size for device in devices)
+        limits = (self._ops[device].decode_rows or self.chunk_size for device in self.devices)
         return min(self.chunk_size, *limits)
 
     def run(

@@ -9,15 +9,29 @@ import numpy.typing as npt
 
 from ..cache.layout import PAGE_LEN
 from ..cache.paging import PagedSequence
-from ..machines.frames import InvalidFrame
+from ..machines.frames import InvalidFrame, room
 from .local_layers import Entry
 
 # A pass, or a step of the sample of `key_sample`; and copies between pages of all layers.
 PASS, SAMPLE = "pass", "sample"
 COPY_TOKENS, COPY_OPEN_PAGE = "copy tokens", "copy open page"
 
+# The field of all these frames that says to which load of a model they belong.
+LOAD_NUMBER = "load"
+
 # Numbers of an entry before its pages: ids, past_len, rope_len, open page (-1 for none), pages.
 ENTRY_NUMBERS = 5
+
+
+def most_in_flight(num_machines: int) -> int:
+    """Return how many passes may be under way, so that no machine waits for another one."""
+    return 2 * num_machines
+
+
+def reserved_frames(hidden_size: int, chunk_size: int, num_machines: int) -> tuple[int, int]:
+    """Return the buffers that a machine needs for passes under way: how many, and their bytes."""
+    # Each may be received and, after the layers of the machine, sent on.
+    return 2 * most_in_flight(num_machines), room(4 * hidden_size * chunk_size)
 
 
 def pack_entries(entries: Sequence[Entry]) -> npt.NDArray[np.int32]:

@@ -19,12 +19,7 @@ from ..machines.frames import Frame
 from ..machines.ring import Machine, error_from
 from ..utils.errors import ExlLoaderError
 from .local_layers import Entry
-from .pass_frames import COPY_OPEN_PAGE, COPY_TOKENS, PASS, SAMPLE, pack_entries
-
-
-def most_in_flight(num_machines: int) -> int:
-    """Return how many passes may be under way, so that no machine waits for another one."""
-    return 2 * num_machines
+from .pass_frames import COPY_OPEN_PAGE, COPY_TOKENS, LOAD_NUMBER, PASS, SAMPLE, pack_entries
 
 
 class Ring(Protocol):
@@ -50,6 +45,7 @@ class RemoteLayers:
 
     Args:
         ring: the connection, over which every machine has loaded its layers.
+        load_number: tells the frames of this model from those of one that was unloaded.
         hidden_size: width of the hidden state.
         decode_rows: least of the machines; see `LocalLayers.decode_rows`.
 
@@ -57,8 +53,11 @@ class RemoteLayers:
         num_machines: with the first one.
     """
 
-    def __init__(self, ring: Ring, hidden_size: int, decode_rows: int) -> None:
+    def __init__(
+        self, ring: Ring, load_number: int, hidden_size: int, decode_rows: int
+    ) -> None:
         self.num_machines, self.decode_rows = 1 + len(ring.others), decode_rows
+        self._load_number = load_number
         self._ring, self._hidden_size = ring, hidden_size
         self._sent = self._received = 0
 
@@ -92,6 +91,8 @@ class RemoteLayers:
         failure: Exception | None = None
         while True:
             with self._ring.receive() as frame:
+                if frame.fields.get(LOAD_NUMBER) != self._load_number:
+                    continue
                 self._received += 1
                 if "error" in frame.fields:
                     failure = failure or self._error(frame)
@@ -124,12 +125,16 @@ class RemoteLayers:
         return error_from(frame.fields["error"], places.get(frame.fields.get("place", 0)))
 
     def _copy(self, kind: str, source: int, target: int, count: int) -> None:
-        self._ring.send(Frame(kind, {"source": source, "target": target, "count": count}))
+        fields = {
+            LOAD_NUMBER: self._load_number, "source": source, "target": target, "count": count,
+        }
+        self._ring.send(Frame(kind, fields))
 
     def _send(
         self, kind: str, fields: dict[str, object], entries: Sequence[Entry],
         hidden: npt.NDArray[np.float32],
     ) -> int:
-        self._ring.send(Frame(kind, fields, (pack_entries(entries), hidden)))
+        arrays = (pack_entries(entries), hidden)
+        self._ring.send(Frame(kind, {LOAD_NUMBER: self._load_number, **fields}, arrays))
         self._sent += 1
         return self._sent

@@ -13,7 +13,7 @@ from ..cache.layout import PAGE_LEN, CacheLayer
 from ..machines.frames import Frame, InvalidFrame
 from ..machines.ring import error_fields
 from .local_layers import Entry, LayerSample, LocalLayers, Step
-from .pass_frames import COPY_OPEN_PAGE, COPY_TOKENS, PASS, SAMPLE, unpack_entries
+from .pass_frames import COPY_OPEN_PAGE, COPY_TOKENS, LOAD_NUMBER, PASS, SAMPLE, unpack_entries
 
 Array = npt.NDArray[Any]
 
@@ -25,8 +25,8 @@ class ServedLayers:
         layers: loaded.
         cache_layers: theirs.
         place: of this machine in the ring.
-        is_last: whether the next machine is the first one, to which only those rows of the hidden
-            state go that it asks for.
+        is_last: whether these are the model's last layers. Only those rows of the hidden state
+            go on then that the first machine asks for.
         advance: is told of each layer that the sample has run through.
     """
 
@@ -61,7 +61,8 @@ class ServedLayers:
         try:
             return Frame(frame.kind, frame.fields, self._run_pass(frame))
         except Exception as error:
-            return Frame(frame.kind, {"error": error_fields(error), "place": self._place})
+            fields = {"error": error_fields(error), "place": self._place}
+            return Frame(frame.kind, {LOAD_NUMBER: frame.fields.get(LOAD_NUMBER), **fields})
 
     def _run_pass(self, frame: Frame) -> Sequence[Array]:
         """Run a pass or a step of the sample; return the arrays for the next machine."""

@@ -66,11 +66,35 @@ class NullProgress:
         pass
 
 
+class LockedProgress:
+    """Progress that several threads may report to.
+
+    Args:
+        progress: gets one call at a time.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._lock = threading.Lock()
+
+    def start(self, task: str, total: int | None, unit: str) -> None:
+        with self._lock:
+            self._progress.start(task, total, unit)
+
+    def advance(self, task: str, n: int = 1) -> None:
+        with self._lock:
+            self._progress.advance(task, n)
+
+    def finish(self, task: str) -> None:
+        with self._lock:
+            self._progress.finish(task)
+
+
 # Between two calls of a heartbeat: short, so that a plain line is at most that much too late.
 HEARTBEAT_S = 2.0
 
 
-class Heartbeat:
+class Heartbeat(LockedProgress):
     """Reports while a step lasts that the work goes on: a context manager around a progress.
 
     A single decomposition of a large matrix takes longer than a person should wait for a line. A
@@ -85,10 +109,9 @@ class Heartbeat:
     def __init__(
         self, progress: Progress, wait: Callable[[float], bool] | None = None
     ) -> None:
-        self._progress = progress
+        super().__init__(progress)
         self._ended = threading.Event()
         self._wait = wait or self._ended.wait
-        self._lock = threading.Lock()
         self._running: dict[str, None] = {}
         self._thread = threading.Thread(target=self._beat, name="progress", daemon=True)
 
@@ -107,18 +130,14 @@ class Heartbeat:
                     self._progress.advance(name, 0)
 
     def start(self, task: str, total: int | None, unit: str) -> None:
+        super().start(task, total, unit)
         with self._lock:
             self._running[task] = None
-            self._progress.start(task, total, unit)
-
-    def advance(self, task: str, n: int = 1) -> None:
-        with self._lock:
-            self._progress.advance(task, n)
 
     def finish(self, task: str) -> None:
         with self._lock:
             self._running.pop(task, None)
-            self._progress.finish(task)
+        super().finish(task)
 
 
 def checked_progress(progress: Progress | None) -> Progress:

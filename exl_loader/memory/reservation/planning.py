@@ -17,6 +17,7 @@ from ...checkpoint.adapter import Adapter
 from ...checkpoint.config import ModelConfig
 from ...checkpoint.copies import folder_digest, folder_name
 from ...checkpoint.model_class import has_unknown_class
+from ...machines.connected import connection_of
 from ...utils.byte_counts import parse_bytes
 from ...utils.errors import InvalidSettings, shown
 from ...utils.setting_values import check_path
@@ -68,7 +69,7 @@ def plan(
     """Compute the memory that a model will take, exactly, without loading it.
 
     `load` with the same options allocates exactly `total_bytes` on each device. No weight is
-    read and PyTorch is not imported.
+    read. PyTorch is imported only for a plan over several machines, to connect to them.
 
     Args:
         model_dir: folder with config.json and *.safetensors.
@@ -81,22 +82,26 @@ def plan(
         ModelNotFound, InvalidConfig, UnsupportedArchitecture, InvalidCheckpoint,
         UnsupportedFormat: the folder cannot be planned.
         InvalidSettings: an option makes no sense or is unknown, or there is no such device.
+        MachineRefused, MachineLost: the other machines of `machines` are missing, do not fit
+        this one, or were lost.
     """
-    with planned(model_dir, LoadOptions.from_keywords("plan", options)) as model:
+    chosen = LoadOptions.from_keywords("plan", options)
+    with planned(model_dir, chosen, connection_of(chosen.machines)) as model:
         return model.reservation
 
 
 @contextmanager
 def planned(
     model_dir: str | os.PathLike[str], options: LoadOptions,
-    connection: Connection | None = None, connection_bytes: int = 0,
+    connection: Connection | None = None, connection_bytes: int | None = None,
 ) -> Iterator[PlannedModel]:
     """Plan as `plan` does, and keep the checkpoints open for the block.
 
     Args:
         model_dir, options: as those of `plan`.
         connection: to the other machines that may hold layers; None for one machine.
-        connection_bytes: main memory that the connection takes on each machine.
+        connection_bytes: main memory that the connection takes on each machine; None for what
+            passes under way need.
     """
     check_path("model_dir", model_dir, "folder")
     options.check()
@@ -123,6 +128,10 @@ def planned(
             known = not has_unknown_class(options.model_draft)
             draft_architecture = None if known else options.as_architecture
             draft_costs = _open(options.model_draft, draft_architecture, files)
+        if connection is None:
+            connection_bytes = 0
+        elif connection_bytes is None:
+            connection_bytes = _connection_bytes(costs.config, run, connection)
         assigner = Assigner(
             costs, devices, main_memory, draft_costs, options.ctx_size_draft,
             embedding_on_card=embedding_card is not None, connection_bytes=connection_bytes,
@@ -183,6 +192,17 @@ def planned(
         )
         places = {part.planner.machine.place: part.asked for part in chosen.others}
         yield PlannedModel(reservation, model, tuple(segments.values()), draft, places)
+
+
+def _connection_bytes(config: ModelConfig, run: RunOptions, connection: Connection) -> int:
+    """Return the main memory of each machine that frames under way take."""
+    # These import PyTorch, which the connection has done already.
+    from ...machines.link import transport_bytes
+    from ...model.pass_frames import reserved_frames
+
+    return transport_bytes(
+        *reserved_frames(config.hidden_size, run.chunk_size, 1 + len(connection.others))
+    )
 
 
 def _requests(
