@@ -5,10 +5,11 @@
         --text prose=FILE --text code=FILE --text chat=FILE [--update docs/conversion.md]
 
 The model is converted to several sizes from one measurement, and with one width everywhere in
-groups of 128 rows. `--ggml` adds the file types of llama.cpp. The divergence is the
-Kullback-Leibler divergence of the predictions from those of the unquantised model, nats a token,
-on windows of texts that the conversion has not seen. The unquantised model and the converted ones
-run in the engine with an exact cache. Folders that are there already are not made again.
+groups of 128 rows. `--ggml` adds the file types of llama.cpp, without an importance matrix and with
+one of the same calibration text. The divergence is the Kullback-Leibler divergence of the
+predictions from those of the unquantised model, nats a token, on windows of texts that the
+conversion has not seen. The unquantised model and the converted ones run in the engine with an
+exact cache. Folders that are there already are not made again.
 """
 
 from __future__ import annotations
@@ -25,15 +26,24 @@ import torch
 
 from benchmarks.cpu.cache_quality import markdown, update
 from benchmarks.cpu.conversion_plot import write_picture
-from benchmarks.cpu.ggml_types import FILE_TYPES, Ggml
+from benchmarks.cpu.ggml_types import (
+    FILE_TYPES,
+    IMPORTANCE_FILE_TYPES,
+    Ggml,
+    Rule,
+    stored_type,
+)
 from exl_loader import load
 from exl_loader.convert import convert
 from exl_loader.convert.activations import LayerRunner
+from exl_loader.convert.calibration import calibration_rows
 from exl_loader.convert.measurement import BlockMeasurement, Combination, mean_divergences
 from exl_loader.convert.measurement_file import FILE_NAME, as_json
 from exl_loader.convert.mixes import Mix
 from exl_loader.convert.roles import block_roles, layer_blocks
 from exl_loader.convert.source import Source
+from exl_loader.model.decoder import DecoderLayer
+from exl_loader.model.parts.linear import Linear
 from exl_loader.text.tokenizer import Tokenizer
 from exl_loader.utils.progress import default_progress, task
 
@@ -120,46 +130,95 @@ def divergences(
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
+@dataclass(frozen=True)
+class FileType:
+    """A file type of llama.cpp.
+
+    Args:
+        name: llama.cpp's.
+        rule: which type a matrix gets.
+        has_importance: whether there is an importance matrix.
+    """
+
+    name: str
+    rule: Rule
+    has_importance: bool
+
+
+def file_types() -> Iterator[FileType]:
+    """Yield every file type without an importance matrix, and then with one."""
+    for types, has_importance in ((FILE_TYPES, False), (IMPORTANCE_FILE_TYPES, True)):
+        for name, rule in types.items():
+            yield FileType(name, rule, has_importance)
+
+
 def file_type_results(
-    source: Source, tokenizer: Tokenizer, texts: Mapping[str, str], ggml: Ggml
-) -> dict[str, Result]:
+    source: Source, tokenizer: Tokenizer, texts: Mapping[str, str], ggml: Ggml, num_rows: int
+) -> dict[FileType, Result]:
     """Return file type of llama.cpp -> its result, with head and embedding as they are.
 
-    Every type has its hidden states, and all of them run through one layer after the other.
+    Every type has its hidden states, and all of them run through one layer after the other. The
+    importance matrix is of the calibration text of the conversions, in the unquantised model.
+
+    Args:
+        num_rows: of calibration text.
     """
     rows = list(windows(tokenizer, texts))
     runner = LayerRunner(source, WINDOW)
     expected = runner.embed([ids for _, ids in rows])
-    states = {name: expected.clone() for name in FILE_TYPES}
-    bits, weights, count = dict.fromkeys(FILE_TYPES, 0), 0, len(source.parts.layers)
+    calibration = runner.embed(calibration_rows(tokenizer, None, num_rows, WINDOW)[1])
+    outputs = torch.empty_like(calibration)
+    states = {one: expected.clone() for one in file_types()}
+    bits, weights, count = dict.fromkeys(states, 0), 0, len(source.parts.layers)
     with task(default_progress(), "types of llama.cpp", count, "layers") as advance:
         for index in range(count):
             loaded = runner.load(index)
-            for linear in (one for group in loaded.layer.input_groups() for one in group):
-                weights += linear.spec.in_features * linear.spec.out_features
-            for name, rule in FILE_TYPES.items():
+            hessians, _ = runner.record(loaded, calibration, outputs=outputs)
+            calibration, outputs = outputs, calibration
+            importance = {
+                linear.name: hessians[group[0].name].mean().diagonal().float().contiguous()
+                for group in loaded.layer.input_groups() for linear in group
+            }
+            matrices = {
+                linear.name: source.linear(linear.spec).weight().t().contiguous()
+                for linear in _linears(loaded.layer)
+            }
+            weights += sum(matrix.numel() for matrix in matrices.values())
+            # Many file types have the same type of a matrix.
+            known: dict[tuple[str, str, bool], tuple[torch.Tensor, int]] = {}
+            for file_type in states:
                 decoded = {}
-                for linear in (one for group in loaded.layer.input_groups() for one in group):
-                    role = linear.name.rpartition(".")[2]
-                    weight = source.linear(linear.spec).weight().t()
-                    found, stored = ggml.round_trip(weight, rule(role, index, count))
-                    decoded[linear.name] = found.t()
-                    bits[name] += stored
+                for name, matrix in matrices.items():
+                    kind = file_type.rule(name.rpartition(".")[2], index, count)
+                    kind = stored_type(kind, matrix.shape[1])
+                    key = name, kind, file_type.has_importance
+                    if key not in known:
+                        own = importance[name] if file_type.has_importance else None
+                        known[key] = ggml.round_trip(matrix, kind, own)
+                    found, stored = known[key]
+                    decoded[name] = found.t()
+                    bits[file_type] += stored
                 loaded.replace(decoded)
-                runner.run(loaded, states[name])
+                runner.run(loaded, states[file_type])
                 loaded.restore(decoded)
             runner.run(loaded, expected)
             advance(1)
     runner.load_head()
-    by_text: dict[str, dict[str, float]] = {name: {} for name in FILE_TYPES}
+    by_text: dict[FileType, dict[str, float]] = {one: {} for one in states}
     for text in texts:
         mine = [i for i, (name, _) in enumerate(rows) if name == text]
+        numbered = dict(enumerate(states.items()))
         nats = mean_divergences(
-            runner, expected[mine], {name: state[mine] for name, state in states.items()}
+            runner, expected[mine],
+            {str(number): state[mine] for number, (_, state) in numbered.items()},
         )
-        for name, value in nats.items():
-            by_text[name][text] = value
-    return {name: Result(bits[name] / weights, by_text[name]) for name in FILE_TYPES}
+        for number, (file_type, _) in numbered.items():
+            by_text[file_type][text] = nats[str(number)]
+    return {one: Result(bits[one] / weights, by_text[one]) for one in states}
+
+
+def _linears(layer: DecoderLayer) -> list[Linear]:
+    return [linear for group in layer.input_groups() for linear in group]
 
 
 def interpolated(results: Sequence[Result], bits: float) -> float | None:
@@ -178,13 +237,14 @@ def interpolated(results: Sequence[Result], bits: float) -> float | None:
 
 
 def tables(
-    chosen: Sequence[Result], uniform: Mapping[str, Result], file_types: Mapping[str, Result]
+    chosen: Sequence[Result], uniform: Mapping[str, Result],
+    llama_cpp: Mapping[FileType, Result],
 ) -> dict[str, str]:
     """Write the results as tables.
 
     Args:
-        chosen: with chosen mixes. uniform: width -> one width everywhere. file_types: of
-            llama.cpp; empty where they were not measured.
+        chosen: with chosen mixes. uniform: width -> one width everywhere. llama_cpp: its file
+            types; empty where they were not measured.
     """
     texts = list(chosen[0].divergences)
     rows = [["stored bits a weight", *texts, "together"]]
@@ -195,8 +255,12 @@ def tables(
     ]
     found = {"sizes": markdown(rows)}
     found["one width"] = _compared("width everywhere", chosen, uniform)
-    if file_types:
-        found["llama.cpp"] = _compared("type of llama.cpp", chosen, file_types)
+    if llama_cpp:
+        for key, has_importance in (("llama.cpp", False), ("importance", True)):
+            found[key] = _compared("type of llama.cpp", chosen, {
+                one.name: result for one, result in llama_cpp.items()
+                if one.has_importance == has_importance
+            })
     return found
 
 
@@ -254,13 +318,13 @@ def main() -> None:
         path = args.work / f"one-width-{width}.json"
         path.write_text(json.dumps(one_width(source, Mix((width,), (GROUP_SIZE,)))))
         uniform[str(width)] = result(args.work / f"one-width-{width}", 8, path)
-    file_types = {}
+    llama_cpp = {}
     if args.ggml is not None:
         tokenizer = Tokenizer.from_dir(args.source)
-        file_types = file_type_results(source, tokenizer, texts, Ggml(args.ggml))
+        llama_cpp = file_type_results(source, tokenizer, texts, Ggml(args.ggml), args.rows)
     if args.plot:
-        write_picture(chosen, uniform, file_types, args.plot)
-    found = tables(chosen, uniform, file_types)
+        write_picture(chosen, uniform, llama_cpp, args.plot)
+    found = tables(chosen, uniform, llama_cpp)
     if args.update:
         update(args.update, found)
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from benchmarks.cpu.plot import COLOURS, LINE_HEIGHT, line, text, write_svg
 
 if TYPE_CHECKING:
-    from benchmarks.cpu.conversion import Result
+    from benchmarks.cpu.conversion import FileType, Result
 
 WIDTH, HEIGHT = 760, 480
 LEFT, TOP, PANEL_WIDTH, PANEL_HEIGHT = 64, 56, 640, 360
@@ -66,20 +66,38 @@ class _Panel:
             yield text(x + 7, label_y, name, kind="small")
 
 
+    def rings(self, results: Sequence[Result]) -> Iterator[str]:
+        """Draw results without labels."""
+        for one in results:
+            x, y = self.point(one.bits, one.divergence)
+            yield (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="none" '
+                   f'stroke="{COLOURS["llama.cpp"]}" stroke-width="1.5"/>')
+
+
 def write_picture(
-    chosen: Sequence[Result], uniform: Mapping[str, Result], file_types: Mapping[str, Result],
-    path: Path,
+    chosen: Sequence[Result], uniform: Mapping[str, Result],
+    llama_cpp: Mapping[FileType, Result], path: Path,
 ) -> None:
     """Write the picture, without far larger types; arguments as those of `conversion.tables`."""
     most = max(one.bits for one in chosen) + 0.5
-    file_types = {name: one for name, one in file_types.items() if one.bits <= most}
-    panel = _Panel([*chosen, *uniform.values(), *file_types.values()])
+    plain = {
+        one.name: result for one, result in llama_cpp.items()
+        if not one.has_importance and result.bits <= most
+    }
+    weighted = [
+        result for one, result in llama_cpp.items() if one.has_importance and result.bits <= most
+    ]
+    panel = _Panel([*chosen, *uniform.values(), *plain.values(), *weighted])
     parts = [
         text(LEFT, 30, "Divergence (nats a token) by stored bits a weight", kind="title"),
         *panel.axes(),
         *panel.curve(list(uniform.values()), GREY, "one width everywhere"),
         *panel.curve(chosen, COLOURS["exl_loader"], "chosen mixes"),
-        *panel.named(file_types),
+        *panel.named(plain),
+        *panel.rings(weighted),
     ]
-    note = "Lower is better. Blue: exl_loader convert. Orange: file types of llama.cpp."
+    note = (
+        "Lower is better. Blue: exl_loader convert. Orange: file types of llama.cpp; rings: the "
+        "same with an importance matrix."
+    )
     write_svg(path, parts, note, (WIDTH, HEIGHT), LEFT)

@@ -1,8 +1,11 @@
-"""The file types of llama.cpp without an importance matrix, quantised by ggml itself.
+"""The file types of llama.cpp, without and with an importance matrix, quantised by ggml itself.
 
 A file type such as Q4_K_M gives each matrix one of ggml's types by rules of llama.cpp, which are
 repeated here for a Llama with at most 3 queries for a key. A type of 256 weights to a block does
 not fit a row that is no multiple of 256, and llama.cpp takes another one instead.
+
+An importance matrix has the mean square of every input channel on calibration text, by which ggml
+weights errors. llama.cpp's rules differ with one in the first eighth of the layers.
 
 ggml is a shared library, `libggml-base.so`, which the wheels of several packages contain, for
 example those of `pywhispercpp`.
@@ -77,6 +80,25 @@ FILE_TYPES: dict[str, Rule] = {
     "Q5_K_S": _uniform("Q5_K"), "Q5_K_M": _medium("Q5_K"), "Q5_1": _uniform("Q5_1"),
     "Q6_K": _uniform("Q6_K"),
 }
+# Those with an importance matrix.
+_EARLY_WITH_IMPORTANCE = {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}
+
+
+def _with_importance(name: str, rule: Rule) -> Rule:
+    """Return the rule of a file type where there is an importance matrix."""
+    if name.startswith("IQ4"):
+        return _uniform(name)
+    early = _EARLY_WITH_IMPORTANCE.get(name)
+    if early is None:
+        return rule
+    return lambda role, layer, count: (
+        early if role == "down_proj" and layer < count // 8 else rule(role, layer, count)
+    )
+
+
+IMPORTANCE_FILE_TYPES: dict[str, Rule] = {
+    name: _with_importance(name, rule) for name, rule in FILE_TYPES.items()
+}
 
 
 class _Traits(ctypes.Structure):
@@ -90,6 +112,11 @@ class _Traits(ctypes.Structure):
         ("is_quantized", ctypes.c_bool),
         ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
     ]
+
+
+def stored_type(name: str, in_features: int) -> str:
+    """Return the type that llama.cpp takes for rows of a length instead of another."""
+    return _INSTEAD.get(name, name) if in_features % _LARGE_BLOCK else name
 
 
 class Ggml:
@@ -109,26 +136,28 @@ class Ggml:
             ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p
         ]
 
-    def round_trip(self, weight: torch.Tensor, name: str) -> tuple[torch.Tensor, int]:
+    def round_trip(
+        self, weight: torch.Tensor, name: str, importance: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, int]:
         """Quantise and decode a weight.
 
         Args:
             weight: float32 [out_features, in_features].
-            name: a type of `NUMBERS`.
+            name: a type that `stored_type` returns.
+            importance: float32 [in_features], the mean square of each input; None for none.
 
         Returns:
             The decoded weight; its bits in a file.
         """
         rows, in_features = weight.shape
-        if name in _INSTEAD and in_features % _LARGE_BLOCK:
-            name = _INSTEAD[name]
         weight = weight.contiguous()
         number = NUMBERS[name]
         traits = self._library.ggml_get_type_traits(number).contents
         assert traits.type_name.decode().upper() == name, (traits.type_name, name)
         codes = ctypes.create_string_buffer(weight.numel() // traits.blck_size * traits.type_size)
         written = self._library.ggml_quantize_chunk(
-            number, weight.data_ptr(), codes, 0, rows, in_features, None
+            number, weight.data_ptr(), codes, 0, rows, in_features,
+            None if importance is None else importance.data_ptr(),
         )
         assert written == len(codes), (written, len(codes))
         decoded = torch.empty_like(weight)

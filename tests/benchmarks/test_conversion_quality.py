@@ -11,12 +11,14 @@ import torch
 from benchmarks.cpu.conversion import (
     Result,
     divergences,
+    file_types,
     interpolated,
     one_width,
     stored_bits,
     tables,
 )
-from benchmarks.cpu.ggml_types import FILE_TYPES
+from benchmarks.cpu.conversion_plot import write_picture
+from benchmarks.cpu.ggml_types import FILE_TYPES, IMPORTANCE_FILE_TYPES, stored_type
 from exl_loader.convert import conversion, convert
 from exl_loader.convert.mixes import Mix
 from exl_loader.convert.source import Source
@@ -56,6 +58,20 @@ def test_half_of_the_layers_get_more_bits_in_a_medium_file_type():
     assert set(names) == {"Q4_K", "Q6_K"} and rule("up_proj", 0, 32) == "Q4_K"
 
 
+def test_early_layers_get_other_types_with_an_importance_matrix():
+    plain, weighted = FILE_TYPES, IMPORTANCE_FILE_TYPES
+    for name, early, without in (("IQ4_NL", "IQ4_NL", "Q5_K"), ("Q4_0", "Q4_1", "Q4_0")):
+        assert weighted[name]("down_proj", 3, 32) == early
+        assert plain[name]("down_proj", 3, 32) == without
+        assert weighted[name]("down_proj", 4, 32) == plain[name]("down_proj", 4, 32) == name
+    assert weighted["Q4_K_M"]("v_proj", 0, 32) == "Q6_K"
+
+
+def test_rows_that_do_not_fit_large_blocks_get_another_type():
+    assert stored_type("Q4_K", 576) == "Q5_0" and stored_type("Q4_K", 1536) == "Q4_K"
+    assert stored_type("Q4_0", 576) == "Q4_0"
+
+
 def test_results_between_two_sizes_are_interpolated_by_their_logarithms():
     results = [Result(bits, {"a": 10.0**-bits}) for bits in (4.0, 3.0, 6.0)]
     for bits in (3.0, 3.1, 4.5, 6.0, 6.1):
@@ -70,3 +86,17 @@ def test_tables_compare_at_the_bits_of_one_width():
     assert found.keys() == {"sizes", "one width"}
     assert found["sizes"].splitlines()[2] == "| 3.000 | 0.0640 | 0.0640 | 0.0640 |"
     assert found["one width"].splitlines()[-1].endswith("| 0.50 |")
+    types = {one: other for one in file_types() if one.name == "Q4_0"}
+    found = tables(chosen, {"4": other}, types)
+    for key in ("llama.cpp", "importance"):
+        (row,) = found[key].splitlines()[2:]
+        assert row.startswith("| Q4_0 | 4.100 |") and row.endswith("| 0.50 |")
+
+
+def test_the_picture_has_a_ring_for_each_type_with_an_importance_matrix(tmp_path):
+    chosen = [Result(bits, {"prose": 0.4**bits}) for bits in (3.0, 6.0)]
+    types = {one: Result(4 + i / 20, {"prose": 0.1}) for i, one in enumerate(file_types())}
+    write_picture(chosen, {"3": chosen[0], "6": chosen[1]}, types, tmp_path / "p.svg")
+    drawn = (tmp_path / "p.svg").read_text()
+    assert drawn.count('r="3.5" fill="none"') == len(FILE_TYPES)
+    assert all(f">{name}</text>" in drawn for name in FILE_TYPES)
