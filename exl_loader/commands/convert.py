@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..utils.progress import default_progress
+from ..utils.table import MAIN_MEMORY
 from .model_options import add_options
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--measurement", type=Path, metavar="FILE",
         help="measurement.json of an earlier conversion of this model, instead of measuring again",
+    )
+    parser.add_argument(
+        "--device", default=MAIN_MEMORY, metavar="DEVICE",
+        help="runs layers and quantises them, such as cuda:0 (default: %(default)s)",
     )
     add_options(parser, ["as_architecture"])
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -80,6 +85,7 @@ def _convert(args: argparse.Namespace) -> Conversion:
         calibration_row_len=args.calibration_row_len,
         measurement=args.measurement,
         as_architecture=args.as_architecture,
+        device=args.device,
         progress=default_progress(),
         announce=lambda reservation: print(reservation, file=sys.stderr),
     )

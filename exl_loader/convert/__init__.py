@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..utils.table import MAIN_MEMORY
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -30,6 +32,7 @@ def convert(
     calibration_row_len: int = 512,
     measurement: str | os.PathLike[str] | None = None,
     as_architecture: str | None = None,
+    device: str = MAIN_MEMORY,
     progress: Progress | None = None,
     announce: Callable[[ConversionReservation], None] | None = None,
 ) -> Conversion:
@@ -54,6 +57,7 @@ def convert(
             by exllamav2, instead of measuring again. Every conversion leaves one in its folder.
         as_architecture: see `LoadOptions`. The new folder keeps the class of its source, so it
             needs the option as well.
+        device: runs layers and quantises them, such as `cuda:0`; main memory keeps the rest.
         progress: shows the progress; None shows nothing.
         announce: called with the memory and disk space that it takes, before it starts.
 
@@ -63,11 +67,13 @@ def convert(
     Raises:
         InvalidSettings: a setting is invalid or does not fit the folder, `out_dir` is not empty,
             the work folder is of another conversion, or the disk is too full.
-        InsufficientMemory: there is too little main memory; nothing was begun.
+        InsufficientMemory: there is too little memory; nothing was begun.
         UnsupportedFormat: the model is quantised already.
         ModelNotFound, InvalidConfig, UnsupportedArchitecture, InvalidCheckpoint,
         InvalidTokenizer: the source folder cannot be used.
     """
+    from ..backends import backend_of, full_name
+    from ..utils.errors import InvalidSettings, shown
     from ..utils.setting_values import check_path
     from .conversion import ConvertSettings, run
 
@@ -77,6 +83,9 @@ def convert(
         check_path("calibration", calibration)
     if measurement is not None:
         check_path("measurement", measurement)
+    if not isinstance(device, str):
+        raise InvalidSettings("device", expected="a name such as cuda:0", actual=shown(device))
+    backend_of(full_name(device))
     settings = ConvertSettings(
         bits=bits,
         head_bits=head_bits,
@@ -85,5 +94,6 @@ def convert(
         row_len=calibration_row_len,
         measurement=None if measurement is None else Path(measurement),
         as_architecture=as_architecture,
+        device=full_name(device),
     )
     return run(Path(model_dir), Path(out_dir), settings, progress, announce)

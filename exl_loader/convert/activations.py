@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ..backends import base, get_ops
+from ..backends import backend_of, base, get_ops
 from ..backends.base import Batch
 from ..backends.layouts import DenseLinear, fill_dense
 from ..cache.layout import CacheLayer, pages_for
@@ -99,12 +99,27 @@ class _RecordingOps:
         self._ops.linear(x, w, out, scratch, add)
 
 
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
 def _do_nothing() -> None:
     return
 
 
 def _allocate(specs: Iterable[TensorSpec]) -> dict[str, torch.Tensor]:
-    return {s.name: torch.zeros(s.shape, dtype=getattr(torch, s.dtype)) for s in specs}
+    """Allocate each tensor on its device, with zeros.
+
+    Raises:
+        MemoryError: the system refused.
+    """
+    found = {}
+    for spec in specs:
+        # The tensor keeps its buffer's memory alive.
+        buffer, owner = backend_of(spec.device).empty(spec.device, max(spec.nbytes, 1))
+        found[spec.name] = buffer.zero_()[: spec.nbytes].view(getattr(torch, spec.dtype)).view(
+            spec.shape
+        )
+    return found
 
 
 @dataclass(eq=False)
@@ -141,13 +156,17 @@ class LoadedLayer:
             self._by_name[name].weights = self._own[name]
 
 
-def _batch(rows: int, row_len: int) -> Batch:
+def _batch(rows: int, row_len: int, device: torch.device) -> Batch:
     pages = pages_for(row_len)
+
+    def numbers(count: int) -> torch.Tensor:
+        return torch.arange(count, dtype=torch.int32, device=device)
+
     return Batch(
-        positions=torch.arange(row_len, dtype=torch.int32).repeat(rows),
-        q_start=torch.arange(rows + 1, dtype=torch.int32) * row_len,
-        past_len=torch.zeros(rows, dtype=torch.int32),
-        page_table=torch.arange(rows * pages, dtype=torch.int32).view(rows, pages),
+        positions=numbers(row_len).repeat(rows),
+        q_start=numbers(rows + 1) * row_len,
+        past_len=torch.zeros(rows, dtype=torch.int32, device=device),
+        page_table=numbers(rows * pages).view(rows, pages),
         max_total_len=row_len,
     )
 
@@ -155,30 +174,38 @@ def _batch(rows: int, row_len: int) -> Batch:
 class LayerRunner:
     """Runs the layers of a model over hidden states that the caller keeps.
 
-    Hidden states are float32 [R, T, hidden_size], R texts of T tokens.
+    Hidden states are float32 [R, T, hidden_size], R texts of T tokens, in main memory. The device
+    has a layer, the tensors of a step, and what is computed from them.
 
     Args:
         source: the model.
         row_len: the largest T, and the length that RoPE is scaled for.
         progress: shows the compilation of kernels.
+        device: runs the layers.
 
     Attributes:
         ops: the operations that it runs.
+        torch_device: of the tensors on the device, for PyTorch.
         tick: called after each step, to show that the work goes on.
     """
 
-    def __init__(self, source: Source, row_len: int, progress: Progress | None = None) -> None:
-        self._source = source
+    def __init__(
+        self, source: Source, row_len: int, progress: Progress | None = None,
+        device: str = MAIN_MEMORY,
+    ) -> None:
+        self._source, self._device, self._progress = source, device, progress
+        self._parts = source.parts_on(device)
         self.tick: Callable[[], None] = _do_nothing
         self._row_len = row_len
         self._rows_at_once = rows_at_once(row_len)
-        self._recording = _RecordingOps(get_ops(MAIN_MEMORY, progress))
+        self._recording = _RecordingOps(get_ops(device, progress))
         self.ops = cast("DeviceOps", self._recording)
-        self._workspace = _allocate(step_specs(source.parts, row_len))
-        self._cache_specs = step_cache_specs(source.parts, row_len)
+        self._workspace = _allocate(step_specs(self._parts, row_len))
+        self.torch_device = self._workspace["x"].device
+        self._cache_specs = step_cache_specs(self._parts, row_len)
         self._known_views: dict[tuple[int, int], StepViews] = {}
         self._ropes = [
-            (rope, *inv_freq(rope.config, row_len)) for rope in source.parts.ropes()
+            (rope, *inv_freq(rope.config, row_len)) for rope in self._parts.ropes()
         ]
 
     def _views(self, rows: int, row_len: int) -> StepViews:
@@ -186,35 +213,42 @@ class LayerRunner:
         views = self._known_views.get((rows, row_len))
         if views is None:
             hidden_size = self._source.config.hidden_size
-            views = StepViews(self._workspace, _batch(rows, row_len), hidden_size)
+            views = StepViews(
+                self._workspace, _batch(rows, row_len, self.torch_device), hidden_size
+            )
             self._known_views[rows, row_len] = views
         for rope, frequencies, factor in self._ropes:
-            rope.run(self.ops, views, torch.tensor(frequencies), factor)
+            rope.run(self.ops, views, self._on_device(frequencies), factor)
         return views
+
+    def _on_device(self, values: Any) -> torch.Tensor:
+        return torch.tensor(values, device=self.torch_device)
 
     def embed(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return the input of layer 0 for texts of T token ids."""
-        source = self._source
-        embedding, _ = source.parts.ends
+        source, (embedding, _) = self._source, self._source.parts.ends
+        # In main memory on every device: each row of the table is read a few times at most.
+        ops = get_ops(MAIN_MEMORY, self._progress)
         table = source.checkpoint.read(embedding.spec.name)
         factor = source.config.embedding_multiplier
         positions = source.parts.positions
         if positions is not None:
-            positions.load(self._loading(positions.specs()))
+            views = _allocate(positions.specs())
+            positions.load(Loading(source.checkpoint, views, {MAIN_MEMORY: ops}))
         states = torch.empty(len(rows), self._row_len, source.config.hidden_size)
-        views = self._views(1, self._row_len)
+        batch = _batch(1, self._row_len, states.device)
         for row, state in zip(rows, states, strict=True):
-            self.ops.embed(torch.tensor(row, dtype=torch.int32), table, factor, views.x)
+            ops.embed(torch.tensor(row, dtype=torch.int32), table, factor, state)
             if positions is not None:
-                positions.run(self.ops, views)
-            state.copy_(views.x)
+                work = {"x": state, "h": torch.empty_like(state), "scratch": _NOTHING}
+                positions.run(ops, StepViews(work, batch, source.config.hidden_size))
         return states
 
     def load(self, index: int) -> LoadedLayer:
         """Read the weights of a layer."""
         source = self._source
         # A new object each time, so that its weights are freed with it.
-        layer = Builder(source.config, source.checkpoint).layer(index, MAIN_MEMORY)
+        layer = Builder(source.config, source.checkpoint).layer(index, self._device)
         layer.load(self._loading(layer.specs()))
         prefix = f"cache.{index}."
         cache = _allocate(s for s in self._cache_specs if s.name.startswith(prefix))
@@ -224,7 +258,7 @@ class LayerRunner:
 
     def _loading(self, specs: Iterable[TensorSpec]) -> Loading:
         """Return what parts with these specs load into: new memory."""
-        return Loading(self._source.checkpoint, _allocate(specs), {MAIN_MEMORY: self.ops})
+        return Loading(self._source.checkpoint, _allocate(specs), {self._device: self.ops})
 
     def _steps(self, states: torch.Tensor) -> Iterator[tuple[StepViews, torch.Tensor]]:
         """Cut hidden states into steps: views, and states [rows of the step * T, hidden_size]."""
@@ -259,7 +293,9 @@ class LayerRunner:
         hessians: dict[str, Hessian] = {}
         recorders = self._recording.recorders
         for group in layer.input_groups():
-            hessian = hessians[group[0].name] = Hessian(group[0].spec.in_features)
+            hessian = hessians[group[0].name] = Hessian(
+                group[0].spec.in_features, self.torch_device
+            )
             recorders[id(group[0].weights)] = hessian.add
         kept = {name: _KeptRows(kept_rows * states.shape[1]) for name in ("attention", "mlp")}
         for name, block in (("attention", layer.attention), ("mlp", layer.mlp)):
@@ -306,7 +342,7 @@ class LayerRunner:
 
     def load_head(self) -> None:
         """Read final norm and output head, for `logits`."""
-        _, head = self._source.parts.ends
+        _, head = self._parts.ends
         head.load(self._loading(head.specs()))
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -319,21 +355,23 @@ class LayerRunner:
             float32 [n, vocab_size]; the next call overwrites them.
         """
         views = self._views(self._rows_at_once, self._row_len)
-        _, head = self._source.parts.ends
+        _, head = self._parts.ends
         views.x[: len(states)].copy_(states)
         logits = views.view("logits", len(states), head.linear.out_features)
-        head.run(self.ops, views, torch.arange(len(states), dtype=torch.int32), logits)
+        rows = torch.arange(len(states), dtype=torch.int32, device=self.torch_device)
+        head.run(self.ops, views, rows, logits)
         return logits
 
     def head_hessian(self, states: torch.Tensor) -> Hessian:
         """Return the Hessian of the output head's inputs for outputs of the last layer."""
-        _, head = self._source.parts.ends
+        _, head = self._parts.ends
         norm = head.norm
         norm.load(self._loading(norm.specs()))
-        hessian = Hessian(states.shape[-1])
-        normed = torch.empty_like(states[0])
+        hessian = Hessian(states.shape[-1], self.torch_device)
         for state in states:
-            norm.run(self.ops, state, normed)
+            x = state.to(self.torch_device)
+            normed = torch.empty_like(x)
+            norm.run(self.ops, x, normed)
             hessian.add(normed)
         return hessian
 

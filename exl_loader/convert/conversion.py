@@ -29,6 +29,7 @@ from ..utils.errors import InvalidSettings
 from ..utils.json_keys import read_json_object
 from ..utils.progress import Heartbeat, Progress, checked_progress, task
 from ..utils.setting_values import check_integer, check_number, invalid
+from ..utils.table import MAIN_MEMORY
 from . import measurement
 from .activations import LayerRunner
 from .allocation import Option, allocate
@@ -77,6 +78,7 @@ class ConvertSettings:
     row_len: int
     measurement: Path | None = None
     as_architecture: str | None = None
+    device: str = MAIN_MEMORY
 
     def __post_init__(self) -> None:
         check_number("bits", self.bits, 2, MOST_BITS)
@@ -173,7 +175,8 @@ class _Pipeline:
     def reserve(self, out_dir: Path) -> ConversionReservation:
         """Compute the memory and disk space that the conversion takes."""
         sizes = ConversionSizes(
-            parts=self.source.parts,
+            parts=self.source.parts_on(self.settings.device),
+            device=self.settings.device,
             rows=len(self.rows),
             measured_rows=len(self.measured_rows),
             probe_tokens=self.probe_rows * self.probe_len,
@@ -223,7 +226,9 @@ class _Pipeline:
             return self._convert(work, out_dir)
 
     def _convert(self, work: WorkFolder, out_dir: Path) -> Conversion:
-        runner = LayerRunner(self.source, len(self.rows[0]), self.progress)
+        runner = LayerRunner(
+            self.source, len(self.rows[0]), self.progress, self.settings.device
+        )
         measured = self.measured or self._measure(work, runner)
         with task(self.progress, "choosing", None, ""):
             chosen = self._choose(measured)
@@ -268,6 +273,7 @@ class _Pipeline:
                 "digest": _digest(json.dumps(self.rows).encode()),
             },
             "as_architecture": settings.as_architecture,
+            "device": settings.device,
             "measurement": None if reused is None else _digest(reused.read_bytes()),
             "config.json": _digest((self.model_dir / "config.json").read_bytes()),
             "weight files": [
@@ -398,7 +404,7 @@ class _Pipeline:
             spec = end.linear.spec
             mix = HEAD_MIXES[self.settings.head_bits]
             own = self._quantize_linear(runner, spec, head, mix)
-            work.save_layer(count, exl2_tensors(spec.name, own))
+            work.save_layer(count, exl2_tensors(spec.name, own.in_main_memory()))
             work.save("quantising", Checkpoint(count + 1, {}, {}))
             advance(1)
 
@@ -417,7 +423,7 @@ class _Pipeline:
             for linear in group:
                 mix = chosen[linear.name]
                 own = self._quantize_linear(runner, linear.spec, prepared, mix)
-                tensors |= exl2_tensors(linear.name, own)
+                tensors |= exl2_tensors(linear.name, own.in_main_memory())
                 decoded[linear.name] = dequantize(own)
                 advance(1)
         loaded.replace(decoded)

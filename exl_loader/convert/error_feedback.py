@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..formats.exl2 import effective_scales
-from ..utils.table import MAIN_MEMORY
 from .mixes import Group, Mix
 from .packing import QuantizedLinear, padded_columns
 from .scales import choose_scales
@@ -37,10 +36,10 @@ class Hessian:
 
     Args:
         in_features: K.
-        device: of the inputs.
+        device: of the inputs; None for main memory.
     """
 
-    def __init__(self, in_features: int, device: str = MAIN_MEMORY):
+    def __init__(self, in_features: int, device: torch.device | None = None):
         self._upper = torch.zeros(in_features, in_features, device=device)
         self.num_rows = 0
 
@@ -116,10 +115,14 @@ def _invert_upper(matrix: torch.Tensor) -> None:
 
 
 def sort_rows(weight: torch.Tensor, hessian: PreparedHessian) -> torch.Tensor:
-    """Return a weight [K, N] as it is quantised: float32, rows sorted, columns padded."""
+    """Return a weight [K, N] as it is quantised: float32, rows sorted, columns padded.
+
+    It is on the device of the Hessian.
+    """
     in_features, out_features = weight.shape
-    rows = torch.zeros(in_features, padded_columns(out_features), device=weight.device)
-    rows[:, :out_features] = weight[hessian.perm]
+    device = hessian.perm.device
+    rows = torch.zeros(in_features, padded_columns(out_features), device=device)
+    rows[:, :out_features] = weight.to(device)[hessian.perm]
     return rows
 
 

@@ -7,7 +7,7 @@ qs - 1; q_invperm is the inverse of the order in which the rows are stored.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +38,14 @@ class QuantizedLinear:
     perm: torch.Tensor
     out_features: int
     bias: torch.Tensor | None = None
+
+
+    def in_main_memory(self) -> QuantizedLinear:
+        """Return the layer with its tensors in main memory."""
+        return replace(
+            self, codes=self.codes.cpu(), qs=self.qs.cpu(), scale_max=self.scale_max.cpu(),
+            perm=self.perm.cpu(),
+        )
 
 
 def padded_columns(out_features: int) -> int:
@@ -118,8 +126,9 @@ def exl2_tensors(name: str, layer: QuantizedLinear) -> dict[str, torch.Tensor]:
 
 def dequantize(layer: QuantizedLinear) -> torch.Tensor:
     """Decode a layer as the engine does: float16 [in_features, out_features], not permuted."""
-    rows = torch.tensor([group.rows for group in layer.groups])
-    zeros = torch.tensor([2.0 ** (group.bits - 1) for group in layer.groups])
+    device = layer.codes.device
+    rows = torch.tensor([group.rows for group in layer.groups], device=device)
+    zeros = torch.tensor([2.0 ** (group.bits - 1) for group in layer.groups], device=device)
     scales = effective_scales(layer.qs, layer.scale_max[:, None]).float()
     centred = layer.codes.float().sub_(zeros.repeat_interleave(rows)[:, None])
     stored = centred.mul_(scales.repeat_interleave(rows, 0)).to(torch.float16)

@@ -80,6 +80,7 @@ class ConversionSizes:
     bits: float
     head: Mix
     has_measurement: bool
+    device: str = MAIN_MEMORY
 
 
 @dataclass(frozen=True)
@@ -88,23 +89,33 @@ class ConversionReservation:
 
     Args:
         memory: part -> bytes in main memory.
+        device: that runs the layers.
+        device_memory: part -> bytes on it; empty where it is main memory.
         work: bytes of the work folder at its largest.
         output: part -> bytes of the folder that is made.
         num_weights: of the source; a matrix that is embedding and head counts once.
-        free_memory_bytes, free_disk_bytes: what there is.
+        free_memory_bytes, free_device_bytes, free_disk_bytes: what there is.
     """
 
     memory: dict[str, int]
+    device: str
+    device_memory: dict[str, int]
     work: int
     output: dict[str, int]
     num_weights: int
     free_memory_bytes: int
+    free_device_bytes: int
     free_disk_bytes: int
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of main memory."""
         return sum(self.memory.values())
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the device's memory."""
+        return sum(self.device_memory.values())
 
     @property
     def disk_bytes(self) -> int:
@@ -115,7 +126,7 @@ class ConversionReservation:
         """Refuse a conversion that does not fit.
 
         Raises:
-            InsufficientMemory: there is too little main memory.
+            InsufficientMemory: there is too little memory.
             InvalidSettings: there is too little room on the disk.
         """
         if self.memory_bytes > self.free_memory_bytes:
@@ -123,6 +134,13 @@ class ConversionReservation:
                 "memory for the conversion", expected=f"{amount(self.memory_bytes)} free",
                 actual=amount(self.free_memory_bytes),
                 remedy="Give fewer or shorter calibration rows, or end other programs",
+            )
+        if self.device_bytes > self.free_device_bytes:
+            raise InsufficientMemory(
+                f"memory of {self.device} for the conversion",
+                expected=f"{amount(self.device_bytes)} free",
+                actual=amount(self.free_device_bytes),
+                remedy="End other programs that use it, or convert without --device",
             )
         if self.disk_bytes > self.free_disk_bytes:
             raise InvalidSettings(
@@ -139,6 +157,11 @@ class ConversionReservation:
             f"{amount(self.work)} of them for the time of the conversion",
             f"output: {amount(total)} ({_listed(self.output)})",
         ]
+        if self.device_memory:
+            lines.insert(1, (
+                f"{self.device}: {amount(self.device_bytes)} of {amount(self.free_device_bytes)} "
+                f"that are free ({_listed(self.device_memory)})"
+            ))
         share = self.output["embedding"] / total
         if share > _LARGE_SHARE:
             lines.append(
@@ -159,7 +182,7 @@ def reserve(sizes: ConversionSizes, out_dir: Path) -> ConversionReservation:
     token_bytes = config.hidden_size * 4
     row_bytes = sizes.row_len * token_bytes
     quantising = sizes.rows * row_bytes
-    measuring = beside = 0
+    measuring = beside = compared = products = 0
     if not sizes.has_measurement:
         blocks = 2 * len(parts.layers)
         # The inputs of both blocks, and outputs and differences of one.
@@ -175,16 +198,29 @@ def reserve(sizes: ConversionSizes, out_dir: Path) -> ConversionReservation:
     head = end.linear.spec
     matrices = [linear.spec for one in parts.layers for linear in _quantized(one)]
     largest = max(spec.in_features * spec.out_features for spec in [*matrices, head])
-    memory = {
-        "PyTorch and kernels": _overhead_bytes(),
-        # A file is written from a copy.
-        "hidden states": 2 * states + beside,
+    # A file is written from a copy.
+    in_main_memory = {"hidden states": 2 * states + beside}
+    on_device = {
         "a layer": layer,
         "Hessians": max(map(_hessian_bytes, parts.layers)),
         "workspace": sum(spec.nbytes for spec in step_specs(parts, sizes.row_len))
         + cache // len(parts.layers) + _COMPARED_LOGITS * LOGITS_ROWS * config.vocab_size * 4,
         "a matrix that is quantised": _QUANTIZED_BYTES * largest,
     }
+    overhead = "PyTorch and kernels"
+    memory = {overhead: _overhead_bytes(MAIN_MEMORY), **in_main_memory, **on_device}
+    device_memory = {}
+    if sizes.device != MAIN_MEMORY:
+        device_memory = {
+            overhead: _overhead_bytes(sizes.device),
+            "compared texts": compared * token_bytes + products,
+            **on_device,
+        }
+        # A matrix is read in main memory.
+        matrix = "a matrix that is quantised"
+        memory = {
+            overhead: memory[overhead], **in_main_memory, matrix: on_device[matrix],
+        }
     num_weights = sum(spec.in_features * spec.out_features for spec in matrices)
     layers = int(sizes.bits * num_weights) // 8
     head_bytes = sizes.head.stored_bits(head.in_features, head.out_features) // 8
@@ -196,13 +232,15 @@ def reserve(sizes: ConversionSizes, out_dir: Path) -> ConversionReservation:
     }
     # Hidden states are written beside those of the layer before, which they replace.
     work = 2 * states + layers + head_bytes
-    capacity = backend_of(MAIN_MEMORY).capacity(MAIN_MEMORY)
+    free_memory, free_on_device = (
+        backend_of(device).capacity(device).free_bytes for device in (MAIN_MEMORY, sizes.device)
+    )
     folder = next(path for path in out_dir.absolute().parents if path.is_dir())
     embedding = config.vocab_size * config.hidden_size
     untied = 0 if head.source == table.spec.name.removesuffix(".weight") else embedding
     return ConversionReservation(
-        memory, work, output, num_weights + embedding + untied, capacity.free_bytes,
-        shutil.disk_usage(folder).free,
+        memory, sizes.device, device_memory, work, output, num_weights + embedding + untied,
+        free_memory, free_on_device, shutil.disk_usage(folder).free,
     )
 
 
@@ -210,8 +248,8 @@ def _listed(parts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {amount(nbytes)}" for name, nbytes in parts.items() if nbytes)
 
 
-def _overhead_bytes() -> int:
-    nbytes, _ = backend_of(MAIN_MEMORY).overhead(MAIN_MEMORY)
+def _overhead_bytes(device: str) -> int:
+    nbytes, _ = backend_of(device).overhead(device)
     return nbytes
 
 

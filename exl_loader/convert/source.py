@@ -11,8 +11,10 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from ..formats import read_linear
 from ..formats.layer import DenseLayer, LinearSpec, QuantizedLayer
+from ..model.assembly import ModelParts
 from ..model.builder import build_parts
 from ..utils.errors import InvalidCheckpoint, UnsupportedFormat
+from ..utils.table import MAIN_MEMORY, DeviceMap
 
 _DAMAGED = "Download the files of this model again"
 
@@ -45,6 +47,14 @@ class Source:
                 remedy="Convert from the original float16 or bfloat16 model",
             )
         self.parts = build_parts(self.config, self.checkpoint)
+        self._parts = {MAIN_MEMORY: self.parts}
+
+    def parts_on(self, device: str) -> ModelParts:
+        """Return the model's parts with all of them on a device."""
+        if device not in self._parts:
+            devices = DeviceMap.single(device, self.config.num_hidden_layers)
+            self._parts[device] = build_parts(self.config, self.checkpoint, devices)
+        return self._parts[device]
 
     def linear(self, spec: LinearSpec) -> DenseLayer | QuantizedLayer:
         """Open a layer: `weight()` reads float32 [in_features, out_features], `bias` is read.
