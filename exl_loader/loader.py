@@ -85,6 +85,8 @@ def load(
     progress = checked_progress(progress)
     chosen = LoadOptions.from_keywords("load", options)
     try:
+        # Before it is waited for other machines.
+        chosen.check()
         _import_torch(progress)
         machines = connection_of(chosen.machines, progress)
         _open_devices(model_dir, chosen, machines)

@@ -6,6 +6,7 @@ Only this package compares the name of a device with that of a kind.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ..utils.errors import InvalidSettings, shown
@@ -23,8 +24,15 @@ BACKENDS: dict[str, Backend] = {"cuda": CudaBackend(), "cpu": CpuBackend()}
 
 def is_device(device: str) -> bool:
     """Return whether this is the name of a device, here or on another machine."""
+    return _kind(device) in BACKENDS
+
+
+# A plan asks for the same few names thousands of times.
+@lru_cache(maxsize=256)
+def _kind(device: str) -> str:
+    """Return the kind in a device's name; empty where it is no such name."""
     kind, colon, index = device.partition(":")
-    return kind in BACKENDS and (not colon or re.fullmatch("[0-9]{1,4}", index) is not None)
+    return kind if not colon or re.fullmatch("[0-9]{1,4}", index) else ""
 
 
 def backend_of(device: str) -> Backend:
@@ -33,11 +41,12 @@ def backend_of(device: str) -> Backend:
     Raises:
         InvalidSettings: there is no kind of device with this name.
     """
-    if not is_device(device):
+    backend = BACKENDS.get(_kind(device))
+    if backend is None:
         raise InvalidSettings(
             "device", expected="auto, cpu or cuda:0, cuda:1, ...", actual=shown(device)
         )
-    return BACKENDS[device.partition(":")[0]]
+    return backend
 
 
 def auto_devices(count: int = 0) -> list[str]:

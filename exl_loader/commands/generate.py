@@ -76,7 +76,9 @@ def run(args: argparse.Namespace) -> int:
                 text = ""
                 _stream(generation, echo=prompt if _default_prompt(args) else "")
         result = _result(model, generation, load_s) | {"prompt": prompt, "text": text}
-        memory = compare_allocated(model.reservation, model.allocated_bytes)
+        memory = compare_allocated(
+            model.reservation, model.allocated_bytes, model.allocated_on_machines()
+        )
     if generation.finish_reason == "context":
         notice = context_notice(result["ctx_size"], result["new_tokens"])
         print(f"warning: {notice}", file=sys.stderr)

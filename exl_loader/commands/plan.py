@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 
+from ..machines.connected import connection_of
 from ..memory.reservation import LoadOptions, plan
 from ..memory.reservation.text import render
+from ..utils.progress import default_progress
 from .model_options import add_options, chosen_options, folder
 
 
@@ -22,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan. The exit code is 0 whether the model fits or not: `fits` is an answer."""
-    reservation = plan(args.model_dir, **chosen_options(args))
+    options = chosen_options(args)
+    # The plan uses the same connection. Here it is said for whom this waits.
+    connection_of(options["machines"], default_progress())
+    reservation = plan(args.model_dir, **options)
     print(json.dumps(reservation.to_dict(), indent=2) if args.json else render(reservation))
     return 0

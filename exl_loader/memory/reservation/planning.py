@@ -86,6 +86,8 @@ def plan(
         this one, or were lost.
     """
     chosen = LoadOptions.from_keywords("plan", options)
+    # Before it is waited for other machines.
+    chosen.check()
     with planned(model_dir, chosen, connection_of(chosen.machines)) as model:
         return model.reservation
 
