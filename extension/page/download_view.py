@@ -43,7 +43,8 @@ class DownloadView:
                     "", label="Repository of the Hugging Face Hub", max_lines=1, min_width=200,
                     scale=3, elem_id="exl_repo", placeholder="OWNER/NAME or OWNER/NAME:4.0bpw",
                     info="EXL2 repositories keep each size in a branch, which follows the colon")
-                self.look_up = gr.Button("Look up", elem_id="exl_look_up", min_width=100, scale=1)
+                self.look_up = gr.Button(
+                    "Look up", elem_id="exl_look_up", size="md", min_width=100, scale=1)
             self.plan = html_block("exl_download")
             self.progress = html_block("exl_download_progress")
             self.problem = html_block("exl_download_problem")
@@ -131,21 +132,21 @@ def plan_html(shown: ShownDownload) -> str:
 
 
 def memory_html(reservation: Reservation) -> str:
-    """Draw a table of what a model takes at each cache type, and of the contexts that fit."""
+    """Draw a table of what a model takes at each cache type, and of the contexts that fit.
+
+    They fit in place of the model that is loaded now.
+    """
     rows = []
     for cache_type, nbytes in reservation.bytes_by_cache_type.items():
         most = reservation.largest_ctx_size[cache_type]
-        fits = most >= reservation.ctx_size
-        largest = f"{largest_choice(most, reservation.stretched_length):,} tokens" if most else (
-            "none")
+        kind = "exl-good" if most >= reservation.ctx_size else "exl-bad"
+        tokens = largest_choice(most, reservation.stretched_length) if most else 0
         rows.append(
             f"<tr><th>{escape(CACHE_BITS.get(cache_type, cache_type))}</th>"
             f'<td title="{nbytes:,} bytes">{amount(nbytes)}</td>'
-            f'<td><span class="{"exl-good" if fits else "exl-bad"}">'
-            f'{"fits" if fits else "does not fit"}</span></td><td>{largest}</td></tr>')
+            f'<td><span class="exl-badge {kind}">{tokens:,} tokens</span></td></tr>')
     return (
-        f'<p class="exl-note">Memory with {reservation.ctx_size:,} tokens of context, in place of '
-        "the model that is loaded now:</p>"
-        '<table class="exl-plan"><thead><tr><th>Cache</th><th>Takes</th><th></th>'
-        f"<th>Largest context</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        '<table class="exl-plan"><thead><tr><th>Cache</th>'
+        f"<th>Memory with {reservation.ctx_size:,} tokens</th><th>Largest context that fits</th>"
+        f"</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     )

@@ -112,7 +112,8 @@ class ModelView:
                 self.models_dir = gr.Textbox(
                     models_dir, label="Models are below this folder", max_lines=1, min_width=200,
                     scale=3, elem_id="exl_models_dir")
-                self.find = gr.Button("Find models", elem_id="exl_find", min_width=100, scale=1)
+                self.find = gr.Button(
+                    "Find models", elem_id="exl_find", size="md", min_width=100, scale=1)
             self.found = html_block("exl_found")
         self.download = None if downloads is None else DownloadView(downloads, watch)
 
@@ -246,6 +247,8 @@ class ModelView:
 def _found_html(found: FoundModels, problem: str = "") -> str:
     """Show how many models there are, and those that cannot be loaded, by name."""
     lines = [problem] if problem else [f"Models that can be loaded: {len(found.loadable)}."]
+    if not (problem or found.loadable or found.others):
+        lines = ["There is no model here. Choose another folder, or download a model into it."]
     if not found.whole:
         lines.append(f"The search ended after {MAX_FOLDERS:,} folders.")
     html = "".join(f"<p>{escape(line)}</p>" for line in lines)

@@ -53,6 +53,9 @@ PAGE_STYLE = """\
 .exl-hidden { display: none !important; }
 .exl-buttons { gap: 0.5rem !important; flex-wrap: nowrap !important; align-items: center; }
 .exl-buttons > button { min-width: 0 !important; padding-inline: 0.4rem !important; }
+#exl_conversations { align-items: stretch !important; }
+@media (max-width: 480px) { #exl_conversations { flex-wrap: wrap !important; }
+  #exl_picker { flex: 1 0 100% !important; } }
 @media (max-width: 480px) { .exl-buttons > button { font-size: 0.8rem !important;
   padding-inline: 0.25rem !important; flex: 1 1 auto !important; width: auto; } }
 :is(#exl_picker, #exl_model_dir) input { text-overflow: ellipsis; padding-right: 1.6rem; }
@@ -65,12 +68,15 @@ PAGE_STYLE = """\
 .exl-found p, .exl-found ul { margin: 0.3em 0; font-size: 0.9rem; overflow-wrap: anywhere; }
 .exl-found ul { padding-left: 1.2em; }
 .exl-bare, .exl-bare > div { padding: 0 !important; }
-.exl-field-row { align-items: end; }
-table.exl-plan { width: 100%; margin: 0.3em 0 0; border-collapse: collapse; }
-table.exl-plan :is(th, td) { padding: 0.1em 0.6em 0.1em 0; text-align: left; border: 0;
-  font-weight: 400; font-variant-numeric: tabular-nums; background: none; }
-table.exl-plan thead th { color: var(--exl-soft); font-size: 0.92em; }
-table.exl-plan td > span { padding: 0 0.5em; border-radius: 999px; }
+.exl-field-row { align-items: end !important; }
+#exl_download table.exl-plan { width: 100%; margin: 0.3em 0 0; border-collapse: collapse;
+  overflow-wrap: normal; }
+#exl_download table.exl-plan tr { border: 0; }
+#exl_download table.exl-plan :is(th, td) { padding: 0.1em 0.8em 0.1em 0; text-align: left;
+  border: 0; font-weight: 400; background: none; font-variant-numeric: tabular-nums;
+  white-space: nowrap; }
+#exl_download table.exl-plan thead th { color: var(--exl-soft); white-space: normal; }
+#exl_download ul { margin: 0.3em 0; padding-left: 1.2em; }
 #exl_gone { position: fixed; inset: auto 0 0 0; margin: 0; padding: 0.7em 1em; z-index: 1000;
   background: var(--color-accent); color: white; text-align: center; }
 footer { display: none !important; }

@@ -207,7 +207,7 @@ class TextView:
         conversation = shown.conversation
         fields = zip(self.settings.fields, write_fields(conversation.settings), strict=True)
         return {
-            **self._draw(tab, shown, True), **self._draw_model(not shown.in_text),
+            **self._draw(tab, shown, True), **self._draw_model(shown, not shown.in_text),
             self.tab: tab, self.picker: self._listed(tab), self.chat.message: conversation.draft,
             self.chat.system: conversation.system, **dict(fields),
         }
@@ -247,10 +247,12 @@ class TextView:
         opened = self._conversations.get(tab)
         text_version = seen.rpartition(" ")[2]
         updates: Updates = {}
-        if seen_model != self._session.version:
+        is_new = seen_model != self._session.version
+        if is_new:
             self._greet(opened)
-            updates |= self._draw_model(True)
         shown = opened.shown()
+        if is_new:
+            updates |= self._draw_model(shown, True)
         if updates or seen != _state(tab, shown):
             updates |= self._draw(tab, shown, text_version != str(shown.text_version))
         return updates or {self.seen: gr.skip()}
@@ -264,12 +266,14 @@ class TextView:
             **self.chat.draw(shown), **self.notebook.draw(shown, with_text),
         }
 
-    def _draw_model(self, prefers_chat: bool) -> Updates:
-        """Draw what the loaded model can do."""
-        version, chats = self._session.version, self._session.has_template
+    def _draw_model(self, shown: Shown, prefers_chat: bool) -> Updates:
+        """Draw what the loaded model can do. Without a model a chat can still be read."""
+        is_read = self._session.model is None and bool(shown.conversation.turns)
+        version, chats = self._session.version, self._session.has_template or is_read
+        selected = gr.update(selected="chat" if chats and prefers_chat else "text")
         return {
             self.seen_model: version,
-            self.tabs: gr.update(selected="chat" if chats and prefers_chat else "text"),
+            self.tabs: gr.update() if is_read else selected,
             self.chat_tab: gr.update(visible=chats),
             self.chat.system_fold: gr.update(visible=chats),
             self.notebook.starters: gr.update(visible=_is_demo(self._session.options)),

@@ -75,7 +75,7 @@ def test_the_plan_is_shown_before_the_weights_and_the_download_completes(hub, tm
     assert all(found == "bytes=0-262143" for found in hub.ranges(WEIGHTS))
     html = plan_html(shown)
     for text in (f"{NAME}:4.0bpw", str(target), "free on the disk", "Files", WEIGHTS,
-                 "16-bit", "4-bit", "fits"):
+                 "16-bit", "4-bit", "exl-good"):
         assert text in html, text
     assert "here already" not in html
     for nbytes in shown.model.reservation.bytes_by_cache_type.values():

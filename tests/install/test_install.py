@@ -106,7 +106,7 @@ def test_test_adds_to_a_plain_environment_and_runs_pytest(world, monkeypatch):
     # An environment for the tests serves the demo as well.
     assert call(world, monkeypatch, "--terminal", "--seed", "1") == 0
     (command,) = world.take()
-    assert command.endswith("-m exl_loader generate --stats --memory --seed 1")
+    assert command.endswith("-m exl_loader generate --stats --memory --max-new-tokens 200 --seed 1")
 
 
 @pytest.mark.parametrize(("terminal", "arguments", "page"), [
@@ -134,7 +134,7 @@ def test_terminal_writes_text_and_opens_no_page(world, monkeypatch, arguments):
     monkeypatch.setattr(world.install.sys.stdout, "isatty", lambda: True)
     assert call(world, monkeypatch, *arguments, "--seed", "1") == 0
     (text,) = world.take()
-    assert text.endswith("-m exl_loader generate --stats --memory --seed 1")
+    assert text.endswith("-m exl_loader generate --stats --memory --max-new-tokens 200 --seed 1")
 
 
 def programs(world):
