@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from .. import __version__
 from ..utils.errors import ExlLoaderError, known_line
@@ -131,8 +133,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def environment_hint(repo: Path, prefix: str) -> str:
+    """Name the environment that `install.py` has made; empty where this Python is or needs none.
+
+    Args:
+        repo: the folder of install.py.
+        prefix: `sys.prefix`.
+    """
+    venv = repo / ".venv"
+    if importlib.util.find_spec("torch") is not None or Path(prefix).resolve() == venv.resolve():
+        return ""
+    for python in (venv / "bin" / "python", venv / "Scripts" / "python.exe"):
+        if python.exists():
+            return (f"This Python is not that of install.py, which has all packages: "
+                    f"{python} -m exl_loader")
+    return ""
+
+
 def _report(line: str, verbose: bool, details: str | None = None) -> None:
     print(f"error: {for_terminal(line)}", file=sys.stderr)
+    hint = environment_hint(Path(__file__).resolve().parents[2], sys.prefix)
+    if hint:
+        print(for_terminal(hint), file=sys.stderr)
     if verbose:
         if details:
             print(for_terminal(details), file=sys.stderr)

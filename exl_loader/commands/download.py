@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report, indent=2))
     elif not args.dry_run:
-        print(f"{model.target} is complete")
+        print(f"{model.target} is complete. `python -m exl_loader chat` or `generate` runs it.")
     return 0
 
 

@@ -91,6 +91,27 @@ def test_missing_memory_and_packages_are_not_reported_as_bugs(error, words, subc
     assert words in shown and "bug" not in shown and shown.count("\n") == 1
 
 
+def test_an_error_in_another_python_names_the_environments(
+    subcommand, tmp_path, monkeypatch, capsys
+):
+    python = tmp_path / ".venv" / "bin" / "python"
+    assert cli.environment_hint(tmp_path, "/usr") == "", "this Python has everything"
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda _: None)
+    assert cli.environment_hint(tmp_path, "/usr") == "", "there is no other"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert f"{python} -m exl_loader" in cli.environment_hint(tmp_path, "/usr")
+    assert cli.environment_hint(tmp_path, str(tmp_path / ".venv")) == ""
+    monkeypatch.setattr(cli, "environment_hint", lambda *_: "the hint")
+
+    def run(args):
+        raise ModelNotFound("folder x", actual="none")
+
+    subcommand(run)
+    assert cli.main(["try"]) == cli.EXIT_ERROR
+    assert capsys.readouterr().err.splitlines()[-1] == "the hint"
+
+
 def test_closed_standard_streams_are_empty_ones(subcommand, monkeypatch):
     def run(args):
         print("unread", sys.stdin.read(), sys.stdout.isatty())
