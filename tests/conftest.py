@@ -24,7 +24,7 @@ hypothesis.settings.load_profile("exl_loader")
 
 # The machine's environment variables that would change what is tested are removed; a test that
 # needs one sets it. Variables that name inputs and outputs of the tests stay.
-KEPT = {"EXL_LOADER_FIXTURES", "EXL_LOADER_SCREENSHOTS"}
+KEPT = {"EXL_LOADER_FIXTURES", "EXL_LOADER_MACHINE_KILLS", "EXL_LOADER_SCREENSHOTS"}
 REMOVED = {
     "CC", "CFLAGS", "CLICOLOR", "CLICOLOR_FORCE", "COLUMNS", "CPATH", "CPLUS_INCLUDE_PATH",
     "CPPFLAGS", "CXX", "CXXFLAGS", "C_INCLUDE_PATH", "FORCE_COLOR", "GCC_EXEC_PREFIX", "LDFLAGS",
