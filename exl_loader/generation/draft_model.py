@@ -177,6 +177,9 @@ class DraftModel:
                 break
             sequence.past_len += 1
         text.guessed = []
+        if sequence.past_len >= len(job.history):
+            # The pass with the last guesses has failed, so that the text has not grown.
+            self._cache.cut(sequence, len(job.history) - 1)
         known = job.history[sequence.past_len :].max() < self._vocab_size
         if known and self._has_room(sequence, len(job.history)):
             return text

@@ -101,6 +101,26 @@ def test_the_draft_evaluates_a_long_prompt_in_chunks_while_other_texts_continue(
     assert all(generation.stats.accepted_tokens > 30 for generation in generations)
 
 
+def test_a_pass_that_failed_with_its_guesses_is_run_again():
+    """The draft model has read the whole text, which has not grown since."""
+    engine, model, _, caches = drafted_engine(script)
+    options = {"temperature": 0, "max_new_tokens": 60, "ban_eos_token": True}
+    prompts = [[7, 8], [8, 9]]
+    failed = []
+
+    def fail_once() -> None:
+        if len(model.calls[-1]) == 2 and max(model.calls[-1]) > 1 and len(failed) < 3:
+            failed.append(len(model.calls))
+            raise RuntimeError("injected")
+
+    model.before_call = fail_once
+    generations = [engine.generate_ids(prompt, options) for prompt in prompts]
+    texts = [list(ids) for ids in zip(*zip(*generations, strict=True), strict=True)]
+    assert texts == [plain_text(prompt, options)[0] for prompt in prompts]
+    assert len(failed) == 3
+    assert [cache.num_free_pages for cache in caches] == [cache.num_pages for cache in caches]
+
+
 def test_a_draft_with_less_context_guesses_up_to_its_end():
     engine, _, draft, caches = drafted_engine(script, draft_ctx=PAGE_LEN)
     options = {"temperature": 0, "max_new_tokens": 400, "ban_eos_token": True}
