@@ -43,6 +43,8 @@ SHIPPED, SMOLLM2 = "shipped", "smollm2"
 SMOLLM2_SOURCE = REPO / "build" / "smollm2"
 SMOLLM2_EXL2 = REPO / "build" / "smollm2-exl2"
 SMOLLM2_BITS = "5.0"
+# Measuring is most of a conversion's work.
+SMOLLM2_MEASUREMENT = REPO / "tools" / "smollm2-measurement.json"
 
 TORCH_VERSION = "2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -163,7 +165,7 @@ def chat_with_smollm2(arguments: list[str], in_terminal: bool) -> int:
             pip_install(["gguf"])
             steps.append(["tools/smollm2.py", str(SMOLLM2_SOURCE)])
         steps.append(["-m", "exl_loader", "convert", str(SMOLLM2_SOURCE), str(SMOLLM2_EXL2),
-                      "--bits", SMOLLM2_BITS])
+                      "--bits", SMOLLM2_BITS, "--measurement", str(SMOLLM2_MEASUREMENT)])
     steps.append(["-m", "exl_loader", "plan", str(SMOLLM2_EXL2)])
     for step in steps:
         if "convert" in step:

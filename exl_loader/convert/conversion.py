@@ -122,9 +122,9 @@ def run(
 ) -> Conversion:
     """Convert a model; see `convert`."""
     check_out_dir(out_dir)
-    check_other_files(model_dir)
     source = Source(model_dir, settings.as_architecture)
     try:
+        check_other_files(model_dir)
         with Heartbeat(checked_progress(progress)) as heartbeat:
             pipeline = _Pipeline(model_dir, source, settings, heartbeat)
             reservation = pipeline.reserve(out_dir)

@@ -145,6 +145,7 @@ def programs(world):
 
 SMOLLM2 = os.path.join("build", "smollm2")
 SMOLLM2_EXL2 = os.path.join("build", "smollm2-exl2")
+SMOLLM2_MEASUREMENT = os.path.join("tools", "smollm2-measurement.json")
 
 
 @pytest.mark.parametrize(("arguments", "end"), [
@@ -161,7 +162,8 @@ def test_the_demo_with_smollm2_downloads_converts_and_opens_a_chat(
     assert install.startswith("-m pip install --constraint") and install.endswith(" gguf")
     assert others == [
         f"tools/smollm2.py {SMOLLM2}",
-        f"-m exl_loader convert {SMOLLM2} {SMOLLM2_EXL2} --bits {world.install.SMOLLM2_BITS}",
+        f"-m exl_loader convert {SMOLLM2} {SMOLLM2_EXL2} --bits {world.install.SMOLLM2_BITS} "
+        f"--measurement {SMOLLM2_MEASUREMENT}",
         f"-m exl_loader plan {SMOLLM2_EXL2}", end,
     ]
     # What is there already is not made again.
