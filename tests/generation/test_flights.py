@@ -15,7 +15,7 @@ import exl_loader
 from exl_loader.cache.layout import CacheLayer, CacheType
 from exl_loader.cache.paging import PagedCache
 from exl_loader.generation.draft_model import DraftModel
-from exl_loader.generation.evaluations import TextEvaluation
+from exl_loader.generation.evaluations import ExclusiveUse, TextEvaluation
 from exl_loader.generation.flight_scheduler import FlightScheduler
 from exl_loader.generation.forward_model import LogitsRow
 from exl_loader.generation.jobs import Job
@@ -201,6 +201,25 @@ def evaluate(engine, ids: list[int], found: dict[int, int], last: bool = False) 
     evaluation.add_waiter()
     engine._generator._scheduler.accept(evaluation)
     return evaluation
+
+
+def test_an_exclusive_use_waits_for_the_passes_in_flight_and_others_for_it():
+    engine, model, _ = engine_over(2)
+    jobs = [start(engine, [7 + i], GREEDY | {"max_new_tokens": 50}) for i in range(4)]
+    ids = finish(engine, *jobs, until=lambda: len(model.open) == 2)
+    use = ExclusiveUse(lambda model, cache: iter([len(model.open), len(model.open)]))
+    engine._generator._scheduler.accept(use)
+    for _ in range(3):
+        use.add_waiter()
+        more = finish(engine, *jobs, until=lambda: use.is_ready)
+        ids = [before + after for before, after in zip(ids, more, strict=True)]
+        if not use.finished:
+            assert use.output.popleft() == 0
+    assert use.finished and use.error is None
+    more = finish(engine, *jobs)
+    assert [before + after for before, after in zip(ids, more, strict=True)] == [
+        written([7 + i], 50) for i in range(4)
+    ]
 
 
 def test_no_pass_stays_in_flight_when_nobody_waits():
