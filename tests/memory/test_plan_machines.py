@@ -96,11 +96,18 @@ def test_every_machine_allocates_its_part_of_the_plan(
 
 def table_bytes(folder, layers: range, options) -> int:
     """Return the bytes of layers on a machine of one device, from its table."""
-    if not layers:
-        return 0
+    return sum(machine_bytes(folder, [layers], options).values())
+
+
+def machine_bytes(folder, ranges, options) -> dict[str, int]:
+    """Return the bytes on each device of a machine, for the layers of each, from its table."""
     config, kind = ModelConfig.from_dir(folder), CacheType.parse(options["cache_type"])
-    end = "cpu" if layers.start == 0 else None
-    where = DeviceMap(end, ("cpu",) * len(layers), end, layers.start)
+    layers = [f"cpu:{i}" for i, part in enumerate(ranges) for _ in part]
+    if not layers:
+        return {}
+    first = min(part.start for part in ranges if part)
+    ends = (layers[0], layers[-1]) if first == 0 else (None, None)
+    where = DeviceMap(ends[0], tuple(layers), ends[1], first)
     with Checkpoint.open(folder) as checkpoint:
         parts = build_parts(config, checkpoint, where)
     specs = [
@@ -110,25 +117,38 @@ def table_bytes(folder, layers: range, options) -> int:
             chunk_size=options["chunk_size"], max_batch_size=options["max_batch_size"],
         ),
     ]
-    return sum(segment.nbytes for segment in lay_out(specs).values())
+    taken = dict.fromkeys(layers, 0)
+    for (device, _), segment in lay_out(specs).items():
+        taken[device] += segment.nbytes
+    return taken
 
 
 def fits_somehow(folder, num_layers: int, limits) -> bool:
-    """Try every contiguous split that leaves a layer on the first machine."""
-    for inner in itertools.combinations_with_replacement(
-        range(1, num_layers + 1), len(limits) - 1
-    ):
+    """Try every contiguous split that leaves a layer on the first machine.
+
+    Args:
+        limits: of each device of each machine.
+    """
+    count = sum(map(len, limits))
+    for inner in itertools.combinations_with_replacement(range(num_layers + 1), count - 1):
         edges = itertools.pairwise([0, *inner, num_layers])
-        needs = [table_bytes(folder, range(first, end), SMALL) for first, end in edges]
-        if all(need <= limit for need, limit in zip(needs, limits, strict=True)):
+        parts = iter([range(first, end) for first, end in edges])
+        by_machine = [[next(parts) for _ in own] for own in limits]
+        if any(by_machine[0]) and all(
+            nbytes <= own[int(device.removeprefix("cpu:"))]
+            for ranges, own in zip(by_machine, limits, strict=True)
+            for device, nbytes in machine_bytes(folder, ranges, SMALL).items()
+        ):
             return True
     return False
 
 
-@settings(max_examples=12)
+@settings(max_examples=20)
 @given(
     num_layers=st.integers(2, 5), is_tied=st.booleans(),
-    shares=st.lists(st.floats(0.2, 1.0), min_size=2, max_size=3),
+    shares=st.lists(
+        st.lists(st.floats(0.2, 0.9), min_size=1, max_size=2), min_size=2, max_size=2
+    ),
 )
 def test_a_split_over_machines_is_found_exactly_where_there_is_one(num_layers, is_tied, shares):
     with tempfile.TemporaryDirectory() as temporary:
@@ -136,9 +156,11 @@ def test_a_split_over_machines_is_found_exactly_where_there_is_one(num_layers, i
             Path(temporary) / "m", num_hidden_layers=num_layers, tie_word_embeddings=is_tied
         )
         total = plan(folder, device="cpu", **SMALL).total_bytes
-        limits = [int(share * total) for share in shares]
-        connection = machines_for(folder, len(limits) - 1)
-        found = over(connection, folder, limits)
+        limits = [[int(share * total) for share in own] for own in shares]
+        names = [",".join(f"cpu:{i}" for i in range(len(own))) for own in limits]
+        split = ";".join(",".join(repr(limit / GIB) for limit in own) for own in limits)
+        connection = FakeConnection([folder], [LoadOptions(device=names[1])])
+        found = plan_over(connection, folder, device=names[0], gpu_split=split, **SMALL)
         connection.close()
         assert found.fits == fits_somehow(folder, num_layers, limits)
 
@@ -152,7 +174,8 @@ def test_the_largest_context_over_machines_fits_and_one_page_more_does_not(share
         limits = [int(share * total) for share in shares]
         connection = machines_for(folder, len(limits) - 1)
         found = over(connection, folder, limits)
-        for cache_type, tokens in found.largest_ctx_size.items():
+        for cache_type in ("fp16", "q4"):
+            tokens = found.largest_ctx_size[cache_type]
             assert tokens % PAGE_LEN == 0
             longer = over(connection, folder, limits, ctx_size=tokens + 1, cache_type=cache_type)
             assert not longer.fits
@@ -162,6 +185,53 @@ def test_the_largest_context_over_machines_fits_and_one_page_more_does_not(share
         automatic = over(connection, folder, limits, ctx_size="auto")
         assert automatic.ctx_size == max(PAGE_LEN, found.largest_ctx_size["q4"])
         connection.close()
+
+
+KINDS = {"cpu": "cpu", "cards": "cuda:0,cuda:1", "card and cpu": "cuda:0,cpu"}
+
+
+@settings(max_examples=25)
+@given(
+    num_layers=st.integers(2, 6),
+    is_tied=st.booleans(),
+    kinds=st.lists(st.sampled_from(sorted(KINDS)), min_size=2, max_size=3),
+    shares=st.lists(st.floats(0.2, 1.2), min_size=6, max_size=6),
+    embedding_device=st.sampled_from(["auto", "cpu", "cuda:0"]),
+)
+def test_machines_may_have_devices_of_several_kinds(
+    num_layers, is_tied, kinds, shares, embedding_device
+):
+    """The plan itself compares every sum with the table that is laid out."""
+    names = [KINDS[kind].split(",") for kind in kinds]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_sparse_exl2(
+            Path(temporary) / "m", num_hidden_layers=num_layers, tie_word_embeddings=is_tied
+        )
+        own = [
+            LoadOptions(device=devices, vram=[GIB] * len(devices)) for devices in names
+        ]
+        connection = FakeConnection([folder] * (len(names) - 1), own[1:])
+        total = plan(folder, device="cpu", **SMALL).total_bytes
+        limits = (share * total / GIB for share in shares)
+        split = ";".join(",".join(str(next(limits)) for _ in devices) for devices in names)
+        options = {"device": names[0], "vram": own[0].vram, "gpu_split": split, **SMALL}
+        if embedding_device in names[0]:
+            options["embedding_device"] = embedding_device
+        try:
+            found = plan_over(connection, folder, 5 * MIB, **options)
+        except InvalidSettings as error:
+            # The first layer is on another device than the embedding was wanted on.
+            assert error.thing == "embedding_device"
+            return
+        finally:
+            connection.close()
+    layers = [i for d in found.devices for i in range(d.first_layer, d.end_layer)]
+    assert layers == list(range(num_layers))
+    for place in {d.machine for d in found.devices}:
+        there = [d for d in found.devices if d.machine == place]
+        # Each machine that has layers needs main memory for the connection.
+        assert sum(d.memory_name.endswith("main memory") for d in there) == 1
+        assert place == 0 or not any(d.embedding_bytes for d in there)
 
 
 @pytest.fixture
