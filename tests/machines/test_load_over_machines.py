@@ -9,11 +9,13 @@ import os
 import random
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
 import exl_loader
 from exl_loader.checkpoint.safetensors_header import read_header
+from exl_loader.commands.model_options import DEMO_MODEL
 from exl_loader.machines.address import parse_address
 from exl_loader.machines.connection import close_all, connect
 from exl_loader.utils.errors import InsufficientMemory, MachineLost, MachineRefused
@@ -21,6 +23,7 @@ from support.stage_processes import StageFarm, StageProcesses
 from support.stations import free_port
 from support.tiny import write_tiny_model
 
+SMOLLM2 = Path(__file__).parents[2] / "build" / "smollm2"
 PROMPTS = [[3 + (7 * i * i + 5 * n) % 300 for i in range(length)]
            for n, length in enumerate((20, 300, 41, 77))]
 SETTINGS = {"temperature": 0, "max_new_tokens": 12, "ban_eos_token": True}
@@ -129,6 +132,28 @@ def test_tokens_and_bytes_are_those_of_one_machine_and_of_the_plan(folder, machi
             assert layers == list(range(6))
             assert texts(model) == expected[1]
         assert model.allocated_bytes() == 0
+
+
+@pytest.mark.parametrize("model_dir", [
+    pytest.param(DEMO_MODEL, id="demo model"),
+    pytest.param(SMOLLM2, id="smollm2", marks=[
+        pytest.mark.smollm2,
+        pytest.mark.skipif(not (SMOLLM2 / "model.safetensors").is_file(),
+                           reason="no build/smollm2; python tools/smollm2.py makes it"),
+    ]),
+])  # fmt: skip
+@pytest.mark.parametrize("count", [2, 4])
+def test_real_models_write_the_text_of_one_machine(model_dir, count, farm):
+    prompt = "def read_lines(path):\n"
+    settings = {"temperature": 0, "max_new_tokens": 24}
+    with exl_loader.load(model_dir, **options()) as model:
+        expected = "".join(model.generate(prompt, settings))
+    for processes in started(count, model_dir, farm):
+        with load(model_dir, processes) as model:
+            assert "".join(model.generate(prompt, settings)) == expected
+            assert model.allocated_bytes() == model.reservation.total_bytes
+            # Small layers may leave machines without any, which pass on what comes.
+            assert 1 <= len(model.allocated_on_machines()) <= count - 1
 
 
 def test_a_model_that_fits_on_the_first_machine_stays_there(folder, two, expected):
