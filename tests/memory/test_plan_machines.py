@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exl_loader.backends.cuda.backend import CudaBackend
 from exl_loader.cache.layout import PAGE_LEN, CacheType, cache_specs, pages_for
 from exl_loader.checkpoint import Checkpoint
 from exl_loader.checkpoint.config import ModelConfig
@@ -325,6 +326,14 @@ def test_a_draft_model_is_on_the_first_machine(connection, folder):
     found = over(connection, folder, limits, model_draft=small)
     assert layers_of(found) == [(0, 0, 2), (1, 2, 6)]
     assert [d.draft_bytes for d in found.devices] == [draft, 0]
+
+
+def test_a_machine_without_cards_takes_a_limit_for_main_memory(folder, monkeypatch):
+    monkeypatch.setattr(CudaBackend, "auto_devices", lambda self, count: ["cuda:0"] * count)
+    connection = FakeConnection([folder], [LoadOptions()])
+    found = over(connection, folder, [table_bytes(folder, range(2), SMALL), GIB])
+    connection.close()
+    assert [(d.machine, d.device, d.limit_bytes) for d in found.devices][1] == (1, "cpu", GIB)
 
 
 def test_a_limit_of_a_machine_of_its_own_holds(folder):
