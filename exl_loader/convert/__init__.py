@@ -85,7 +85,9 @@ def convert(
         check_path("measurement", measurement)
     if not isinstance(device, str):
         raise InvalidSettings("device", expected="a name such as cuda:0", actual=shown(device))
-    backend_of(full_name(device))
+    device = full_name(device)
+    if backend_of(device).is_main_memory:
+        device = MAIN_MEMORY
     settings = ConvertSettings(
         bits=bits,
         head_bits=head_bits,
@@ -94,6 +96,6 @@ def convert(
         row_len=calibration_row_len,
         measurement=None if measurement is None else Path(measurement),
         as_architecture=as_architecture,
-        device=full_name(device),
+        device=device,
     )
     return run(Path(model_dir), Path(out_dir), settings, progress, announce)

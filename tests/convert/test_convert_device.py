@@ -69,6 +69,13 @@ def test_a_conversion_on_the_card_is_one_of_the_cpu(tiny_model, tmp_path, monkey
     assert difference < 0.2
 
 
+def test_every_name_of_main_memory_is_main_memory(tiny_model, tmp_path):
+    announced: list[ConversionReservation] = []
+    convert(tiny_model(num_hidden_layers=1), tmp_path / "exl2", device="cpu:1",
+            announce=announced.append, **FEW)
+    assert announced[0].device == "cpu" and not announced[0].device_memory
+
+
 def test_a_card_that_is_too_small_is_refused(tiny_model, tmp_path, monkeypatch):
     EmulatedCards(1, {DEVICE: 1 << 20}).install(monkeypatch)
     with pytest.raises(InsufficientMemory, match=DEVICE):
