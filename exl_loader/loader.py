@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from .generation.draft_model import DraftModel, check_vocabularies
 from .machines.connected import connection_of
 from .memory.buffers import Buffers, allocate, trim_heap
 from .memory.reservation import LoadOptions, PlannedModel, planned
-from .memory.reservation.budgets import chosen_devices, gpu_split_by_machine
+from .memory.reservation.budgets import chosen_devices, gpu_split_by_machine, of_machine
 from .memory.reservation.costs import DRAFT_PREFIX
 from .memory.reservation.text import refusal
 from .other_machines import OtherMachines
@@ -217,7 +217,7 @@ def _open_devices(
             devices that are not initialized.
     """
     own_split = gpu_split_by_machine(options, machines)[0]
-    names = chosen_devices(replace(options, gpu_split=own_split))
+    names = chosen_devices(of_machine(options, own_split, is_alone=machines is None))
     # A device with more overhead than was assumed may hold fewer layers, so that the next plan
     # needs another device.
     while any(not backend_of(name).is_initialized(name) for name in names):

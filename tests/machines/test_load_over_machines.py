@@ -162,6 +162,12 @@ def test_a_model_that_fits_on_the_first_machine_stays_there(folder, two, expecte
         assert texts(model) == expected[1]
 
 
+def test_a_gpu_split_limits_main_memory_without_cards(folder, two, expected):
+    with load(folder, two, device="auto") as model:
+        assert {device.machine for device in model.reservation.devices} == {0, 1}
+        assert texts(model) == expected[1]
+
+
 def test_what_does_not_fit_is_refused_with_the_machine_named(folder, two):
     share = split(folder, 2)
     with pytest.raises(InsufficientMemory, match="machine 1 "):

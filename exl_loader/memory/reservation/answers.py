@@ -9,16 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...backends import auto_devices, backend_of
+from ...backends import backend_of
 from ...checkpoint import Checkpoint
 from ...checkpoint.config import ModelConfig
 from ...checkpoint.copies import check_copy, find_folder
 from ...utils.byte_counts import parse_bytes
 from ...utils.errors import InvalidSettings, MachineRefused, shown
-from ...utils.table import MAIN_MEMORY
 from ..segments import Segment
 from .assignment import Assigner, DeviceShare
-from .budgets import budgets, chosen_devices, main_memory_budget
+from .budgets import budgets, chosen_devices, main_memory_budget, of_machine
 from .costs import LayerCosts, PlacedModel, segments_of
 from .device_records import device_record
 from .options import LoadOptions, RunOptions
@@ -173,14 +172,8 @@ class PlanAnswers:
         if self._options.memory_limit is not None:
             limits.append(parse_bytes(self._options.memory_limit, "memory_limit"))
         limit = min((one for one in limits if one is not None), default=None)
-        device = self._options.device
-        # A first machine does not know whether there are cards, whatever its gpu_split says.
-        if device == "auto" and all(backend_of(name).is_main_memory for name in auto_devices()):
-            device = MAIN_MEMORY
-        return replace(
-            self._options, device=device, gpu_split=request.gpu_split, memory_limit=limit,
-            replacing=request.replacing,
-        )
+        own = of_machine(self._options, request.gpu_split, is_alone=False)
+        return replace(own, memory_limit=limit, replacing=request.replacing)
 
     def _assign(self, asked: Asked) -> Assigned:
         _, shares, _ = self._shares(asked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...backends import auto_devices, backend_of, full_name
@@ -129,6 +129,22 @@ def gpu_split_by_machine(options: LoadOptions, connection: Connection | None) ->
             remedy="A part may be empty, for no limit",
         )
     return [part.strip() for part in parts]
+
+
+def of_machine(options: LoadOptions, gpu_split: Any, *, is_alone: bool) -> LoadOptions:
+    """Return the options of one machine.
+
+    Args:
+        gpu_split: its part of the option.
+        is_alone: False for one of several machines. A part for each does not say that each has
+            cards, so that on a machine without any it limits main memory.
+    """
+    device = options.device
+    if not is_alone and device == "auto" and all(
+        backend_of(name).is_main_memory for name in auto_devices()
+    ):
+        device = MAIN_MEMORY
+    return replace(options, device=device, gpu_split=gpu_split)
 
 
 def chosen_devices(options: LoadOptions) -> list[str]:

@@ -23,7 +23,13 @@ from ...utils.errors import InvalidSettings, shown
 from ...utils.setting_values import check_path
 from ..segments import Segment
 from .assignment import Assigner
-from .budgets import Budget, budgets, gpu_split_by_machine, main_memory_budget
+from .budgets import (
+    Budget,
+    budgets,
+    gpu_split_by_machine,
+    main_memory_budget,
+    of_machine,
+)
 from .costs import NO_LORAS, LayerCosts, Loras, PlacedModel, segments_of
 from .device_records import device_record
 from .length import stretched_length
@@ -117,7 +123,7 @@ def planned(
         CacheType.parse(options.cache_type), options.chunk_size, options.max_batch_size,
         options.cache_window, options.cache_size,
     )
-    devices = budgets(replace(options, gpu_split=splits[0]))
+    devices = budgets(of_machine(options, splits[0], is_alone=connection is None))
     in_main_memory = [one for one in devices if backend_of(one.device).is_main_memory]
     main_memory = in_main_memory[0] if in_main_memory else main_memory_budget(options)
     embedding_card = _embedding_card(options, devices)
