@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.cpu import conversion_time
 from benchmarks.cpu.conversion import (
     Result,
     divergences,
@@ -19,7 +20,7 @@ from benchmarks.cpu.conversion import (
 )
 from benchmarks.cpu.conversion_plot import write_picture
 from benchmarks.cpu.ggml_types import FILE_TYPES, IMPORTANCE_FILE_TYPES, stored_type
-from exl_loader.convert import conversion, convert
+from exl_loader.convert import conversion, convert, measurement
 from exl_loader.convert.mixes import Mix
 from exl_loader.convert.source import Source
 
@@ -100,3 +101,15 @@ def test_the_picture_has_a_ring_for_each_type_with_an_importance_matrix(tmp_path
     drawn = (tmp_path / "p.svg").read_text()
     assert drawn.count('r="3.5" fill="none"') == len(FILE_TYPES)
     assert all(f">{name}</text>" in drawn for name in FILE_TYPES)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_layers_of_a_conversion_are_timed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measurement, "MIXES", [measurement.PROBE])
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 2048, "num_hidden_layers": 2,
+             "max_position_embeddings": 64}
+    conversion_time.write_model(tmp_path / "m", conversion_time.GEOMETRY | small)
+    conversion_time.measure(tmp_path / "m", layers=2, rows=4)
+    lines = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [f"{step} layer {i}" for step in ("measuring", "quantising") for i in (0, 1)]
