@@ -176,6 +176,18 @@ def test_what_does_not_fit_is_refused_with_the_machine_named(folder, two):
         assert model.allocated_on_machines()
 
 
+def test_a_draft_model_guesses_on_the_first_machine(folder, two, expected):
+    share = split(folder, 2)
+    drafts = exl_loader.plan(folder, **options()).total_bytes / (1 << 30)
+    share = f"{float(share.rstrip(';')) + drafts:.9f};"
+    with load(folder, two, model_draft=folder, draft_max=3, gpu_split=share) as model:
+        assert model.allocated_on_machines()
+        generation = model.generate_ids(PROMPTS[2], SETTINGS)
+        assert list(generation) == expected[1][1][2]
+        assert generation.stats.accepted_tokens > 0
+        assert texts(model) == expected[1]
+
+
 def test_only_one_model_at_a_time_uses_the_machines(folder, two, expected):
     with load(folder, two) as model:
         with pytest.raises(MachineRefused, match="another model over the same machines"):
