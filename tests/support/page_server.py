@@ -53,7 +53,10 @@ class Page:
         self.page.on("request", lambda request: self.urls.append(request.url))
         self.page.goto(address)
         self.gauge = self.page.locator("#exl_gauge .exl-gauge")
-        self.wait_until_open()
+        try:
+            self.wait_until_open()
+        except AssertionError as error:
+            raise AssertionError(f"{error}\nThe page's errors: {self.errors}") from None
 
     def __enter__(self):
         return self
