@@ -156,7 +156,7 @@ class Machines:
         Raises:
             MachineLost: the session ended.
         """
-        frame = None if self._ring.ended else self._ring.inbox.get()
+        frame = None if self._ring.ended else self._ring.next()
         if frame is None:
             raise self._ring.end_error()
         return frame

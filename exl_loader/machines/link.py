@@ -14,12 +14,15 @@ What gloo does, measured with PyTorch 2.13, and what follows from it here:
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Protocol
+from queue import Empty, SimpleQueue
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -48,9 +51,40 @@ UNRESERVED_BYTES = 64 << 20
 BEAT_S = 1.0
 TIMEOUT_S = 8.0
 
+# How often a receiver's thread looks whether it is needed. Frames that come meanwhile are in posted
+# buffers.
+_LOOK_S = 0.05
+
+# Threads that may wait in gloo or in a store, for `finish_threads`.
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+# The longest that ending a process waits for them: no operation lasts longer than a timeout.
+_EXIT_S = 12.0
+
 # gloo's tags: the start of each frame, and the rest of longer ones.
 _START = 0
 _REST = 1
+
+T = TypeVar("T")
+
+
+def daemon(run: Callable[[], None], name: str) -> threading.Thread:
+    """Make a thread that may wait for another machine. It does not keep the process alive."""
+    thread = threading.Thread(target=run, name=f"machines: {name}", daemon=True)
+    _threads.add(thread)
+    return thread
+
+
+@atexit.register
+def finish_threads() -> None:
+    """Wait until no thread is in C++ any more.
+
+    Python ends daemon threads by force when they return to it at the end of the process. Inside
+    of C++ code this aborts the process.
+    """
+    deadline = time.monotonic() + _EXIT_S
+    for thread in list(_threads):
+        if thread.is_alive():
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class Work(Protocol):
@@ -169,7 +203,7 @@ class Sender:
         self._sent_at = time.monotonic()
         self._closing = False
         self._broken = False
-        self._thread = threading.Thread(target=self._run, name="machines: send", daemon=True)
+        self._thread = daemon(self._run, "send")
 
     def start(self) -> None:
         """Start the thread, and with it the beats."""
@@ -281,14 +315,18 @@ class Sender:
 
 
 class Receiver:
-    """Receives the frames of the machine before, on a thread of its own.
+    """Receives the frames of the machine before.
+
+    Whoever waits for a frame receives it, because handing frames from one thread to another takes
+    longer than the frame itself. While nobody waits in `next`, a thread of its own receives: it
+    looks every `_LOOK_S` whether the waiting thread has been away since the last look.
 
     Args:
         group: gloo's, in which this side is rank 1.
         blocks: the machine's buffers.
         timeout: seconds without anything after which the link is lost.
         on_frame: called with (envelope, buffer, bytes) for each frame that is ORDERED or EXPRESS,
-            on the receiver's thread. It owns the buffer from then on.
+            by the thread that received it. It owns the buffer from then on.
         on_end: called once, at the end: with None after a BYE, otherwise with the reason why the
             link is lost.
     """
@@ -303,28 +341,76 @@ class Receiver:
         self._on_frame = on_frame
         self._on_end = on_end
         self._posted: deque[tuple[Work, Block]] = deque()
-        self._thread = threading.Thread(target=self._run, name="machines: receive", daemon=True)
+        # Held by the thread that receives.
+        self._turn = threading.Lock()
+        # Counts how often a thread began and ceased to receive in `next`: odd while one does.
+        self._visits = 0
+        # True while a thread waits in `next` for the next frame that the receiver's thread gets.
+        self._awaited = False
+        self._ended = False
+        self._thread = daemon(self._run, "receive")
 
     def start(self) -> None:
         """Start to receive."""
         self._thread.start()
 
     def join(self, timeout: float) -> bool:
-        """Wait until the thread has ended; return whether it has."""
+        """Wait until the link is closed; return whether it is."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
+    def next(self, inbox: SimpleQueue[T]) -> T:
+        """Return the next item of a queue that `on_frame` and `on_end` fill. For one thread."""
+        self._visits += 1
+        try:
+            while not self._ended and self._turn.acquire(blocking=False):
+                try:
+                    # With the turn, because the other thread may have filled the queue until now.
+                    return inbox.get_nowait()
+                except Empty:
+                    self._step()
+                finally:
+                    self._turn.release()
+            return self._wait_in_queue(inbox)
+        finally:
+            self._visits += 1
+
+    def _wait_in_queue(self, inbox: SimpleQueue[T]) -> T:
+        """Wait for what the receiver's thread puts into a queue: it has the turn."""
+        self._visits += 1
+        self._awaited = True
+        try:
+            return inbox.get()
+        finally:
+            self._awaited = False
+            self._visits += 1
+
     def _run(self) -> None:
+        seen = 1
+        while not self._ended:
+            visits = self._visits
+            if self._awaited or visits % 2 == 0 and visits == seen:
+                with self._turn:
+                    self._step()
+            else:
+                seen = visits
+                time.sleep(_LOOK_S)
+
+    def _step(self) -> None:
+        """Receive one frame, or end. The caller has the turn."""
+        if self._ended:
+            return
         reason: str | None = None
         try:
-            for _ in range(POSTED):
+            while len(self._posted) < POSTED:
                 self._post()
-            while self._receive():
-                pass
+            if self._receive():
+                return
         except InvalidFrame as error:
             reason = f"it sent something else than a frame ({error})"
         except RuntimeError as error:
             reason = gloo_reason(error, self._timeout.total_seconds())
+        self._ended = True
         # gloo closes the connection when nothing refers to the group.
         self._posted.clear()
         del self._group
@@ -348,6 +434,8 @@ class Receiver:
             self._post()
             return True
         self._post()
+        # Before the frame is known: the thread that gets it receives the next one itself.
+        self._awaited = False
         self._on_frame(envelope, block, nbytes)
         return True
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from ..utils.errors import MachineLost, MachineRefused, shown
 from .address import MOST_MACHINES, Address, Seat
 from .hello import Hello, check_hello, own_hello, read_hello
-from .link import Group
+from .link import Group, daemon
 from .ring import Machine
 
 # How often a machine looks whether something was written.
@@ -63,7 +62,7 @@ def bounded(function: Callable[[], T], seconds: float) -> T:
         except Exception as error:
             results.append((False, error))
 
-    thread = threading.Thread(target=call, name="machines: meeting", daemon=True)
+    thread = daemon(call, "meeting")
     thread.start()
     thread.join(seconds)
     if not results:
@@ -99,9 +98,9 @@ class Board:
         text = json.dumps(value)
         bounded(lambda: self.store.set(name, text), STORE_S)
 
-    def remove(self, name: str) -> None:
-        """Remove a note."""
-        bounded(lambda: self.store.delete_key(name), STORE_S)
+    def clear(self, name: str) -> None:
+        """Empty a note. It is not removed: who has just seen it would wait for it to come back."""
+        self.write(name, None)
 
     def number(self, name: str) -> int:
         """Count up a counter and return it: 1, 2, ..."""
@@ -277,7 +276,7 @@ class Caller:
             self._wait_for_readers()
             raise
         finally:
-            self._board.remove(_CALL)
+            self._board.clear(_CALL)
 
     def _wait(self) -> list[int]:
         """Wait for enough machines; return their numbers in the order of their ranks."""

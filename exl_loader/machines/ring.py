@@ -112,6 +112,10 @@ class Ring:
         again.__cause__ = error.__cause__
         return again
 
+    def next(self) -> Frame | None:
+        """Wait for the next frame in the inbox; None behind the last. One thread may call."""
+        return self._receiver.next(self.inbox)
+
     def end(self, error: MachineLost | None) -> None:
         """End the session: the first call decides why. Frames that wait are dropped."""
         with self._lock:

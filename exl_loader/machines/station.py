@@ -121,7 +121,7 @@ class Station:
         self._say(f"connected as place {ring.place} of {len(ring.members)} machines")
         try:
             while not self._closed and not ring.ended:
-                frame = work.get()
+                frame = ring.next()
                 if frame is None:
                     break
                 self._handle(ring, handler, frame)

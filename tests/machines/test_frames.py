@@ -27,7 +27,7 @@ JSON = st.recursive(
                                                                  max_size=3),
     max_leaves=8,
 )
-ARRAYS = st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=4)),
+ARRAYS = st.lists(st.tuples(st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 4), max_size=4)),
                   max_size=4)
 
 
