@@ -133,12 +133,15 @@ class Stations:
     def __init__(self, count: int, host: str = "127.0.0.1") -> None:
         self.address = f"tcp://{host}:{free_port(host)}"
         self.processes: list[StationProcess | None] = [None] * count
+        # By rank: a command before Python's.
+        self.prefixes: dict[int, tuple[str, ...]] = {}
 
     def start(self) -> None:
         for index, process in enumerate(self.processes):
             if process is None or not process.is_alive:
                 self.processes[index] = StationProcess(
-                    self.address, index + 1, len(self.processes) + 1
+                    self.address, index + 1, len(self.processes) + 1,
+                    prefix=self.prefixes.get(index + 1, ()),
                 )
 
     def __getitem__(self, rank: int) -> StationProcess:
