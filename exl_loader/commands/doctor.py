@@ -20,6 +20,7 @@ from ..utils.errors import ExlLoaderError, InvalidSettings
 from ..utils.system import system_name
 from ..utils.system.processors import cpu_features, cpu_name
 from .doctor_cuda import cuda_rows, examine_cuda
+from .doctor_machines import describe_machines_report, examine_machines
 
 # The packages that the engine imports. `extension` needs gradio as well.
 REQUIRED_PACKAGES = (
@@ -61,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help="examine the loader in this text-generation-webui instead")
     host.add_argument("--tabbyapi", type=Path, metavar="PATH",
                       help="examine the backend in this TabbyAPI instead")
+    host.add_argument("--machines", metavar="ADDRESS",
+                      help="reach the machines that run serve-stage for this one, which has the "
+                      "address, and measure the links between them instead")
     parser.add_argument("--python", type=Path, help="the Python that runs the web UI or TabbyAPI")
 
 
@@ -70,6 +74,10 @@ def run(args: argparse.Namespace) -> int:
         return _run_host("--webui", args.webui, args.python, args.json)
     if args.tabbyapi is not None:
         return _run_host("--tabbyapi", args.tabbyapi, args.python, args.json)
+    if args.machines is not None:
+        found = examine_machines(args.machines)
+        print(json.dumps(found, indent=2) if args.json else describe_machines_report(found))
+        return 1 if found["problems"] else 0
     report = examine()
     print(json.dumps(report, indent=2) if args.json else describe(report))
     return 1 if report["problems"] else 0

@@ -183,6 +183,14 @@ class Machines:
         """
         self._ring.blocks.reserve(count, nbytes)
 
+    def ping(self, nbytes: int, count: int) -> list[float]:
+        """Send frames that the next machine answers; return the seconds until each answer.
+
+        Raises:
+            MachineLost: the session ended.
+        """
+        return self._ring.ping(nbytes, count)
+
     def close(self) -> None:
         """End the session. The other machines free what they hold and wait for the next."""
         self._ring.end(None)

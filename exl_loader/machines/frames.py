@@ -54,6 +54,7 @@ class FrameClass(IntEnum):
     EXPRESS = 1  # to one machine; those between forward it at once
     BEAT = 2     # says that the machine before is alive
     BYE = 3      # the last frame of a session
+    PING = 4     # to the next machine, which answers on the same link; see `probe`
 
 
 _CLASSES = list(FrameClass)

@@ -60,9 +60,11 @@ _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 # The longest that ending a process waits for them: no operation lasts longer than a timeout.
 _EXIT_S = 12.0
 
-# gloo's tags: the start of each frame, and the rest of longer ones.
+# gloo's tags: the start of each frame, the rest of longer ones, and the answer to a ping, which is
+# all that travels against the ring's direction.
 _START = 0
 _REST = 1
+_PONG = 2
 
 T = TypeVar("T")
 
@@ -247,6 +249,33 @@ class Sender:
             queue.append((block, nbytes))
             self._changed.notify()
 
+    def ping(self, nbytes: int) -> float:
+        """Return the seconds until the next machine has answered a frame of that many bytes.
+
+        After the link was lost it returns at once: `on_error` has said so.
+        """
+        packed = PackedFrame(
+            Frame("", {}, [np.zeros(nbytes, np.uint8)]),
+            Envelope(FrameClass.PING, 0, self._place),
+        )
+        block = self._blocks.take(packed.nbytes)
+        packed.write(block.array)
+        answer = torch.empty(1, dtype=torch.uint8)
+        with self._wire:
+            began = time.perf_counter()
+            if not self._broken:
+                pong = self._group.recv([answer], 1, _PONG)
+                self._transmit(block.tensor, packed.nbytes)
+            if not self._broken:
+                try:
+                    pong.wait(self._timeout)
+                except RuntimeError as error:
+                    self._broken = True
+                    self._on_error(gloo_reason(error, self._timeout.total_seconds()))
+            seconds = time.perf_counter() - began
+        self._blocks.give(block)
+        return seconds
+
     def finish(self, *, drop: bool) -> None:
         """Let the thread send a BYE and end. Does not wait for it.
 
@@ -402,6 +431,7 @@ class Receiver:
             return
         reason: str | None = None
         try:
+            # Not as soon as a frame has come, because whoever waits for it would wait longer.
             while len(self._posted) < POSTED:
                 self._post()
             if self._receive():
@@ -431,9 +461,11 @@ class Receiver:
             return False
         if envelope.frame_class == FrameClass.BEAT:
             self._blocks.give(block)
-            self._post()
             return True
-        self._post()
+        if envelope.frame_class == FrameClass.PING:
+            self._blocks.give(block)
+            self._group.send([torch.zeros(1, dtype=torch.uint8)], 0, _PONG).wait(self._timeout)
+            return True
         # Before the frame is known: the thread that gets it receives the next one itself.
         self._awaited = False
         self._on_frame(envelope, block, nbytes)

@@ -86,6 +86,16 @@ class Ring:
         frame_class = FrameClass.ORDERED if destination is None else FrameClass.EXPRESS
         self._sender.send(frame, Envelope(frame_class, destination or 0, self.place))
 
+    def ping(self, nbytes: int, count: int) -> list[float]:
+        """Send frames that the next machine answers; return the seconds until each answer.
+
+        Raises:
+            MachineLost: the session ended.
+        """
+        seconds = [self._sender.ping(nbytes) for _ in range(count)]
+        self.check()
+        return seconds
+
     @property
     def ended(self) -> bool:
         """True once the session is over."""

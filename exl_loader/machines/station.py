@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from ..utils.errors import ExlLoaderError, MachineLost
 from ..utils.progress import Progress
+from . import probe
 from .address import Seat
 from .frames import Frame
 from .meeting import Guest, Invitation, Unreachable
@@ -158,7 +159,12 @@ class Station:
         progress = _RemoteProgress(ring, number)
         try:
             asked = fields.get("fields")
-            result = handler.answer(question, asked if isinstance(asked, dict) else {}, progress)
+            if not isinstance(asked, dict):
+                asked = {}
+            if question.startswith(probe.PREFIX):
+                result = probe.answer(ring, question, asked)
+            else:
+                result = handler.answer(question, asked, progress)
             reply: dict[str, Any] = {"id": number, "result": result}
         except Exception as error:
             if not isinstance(error, ExlLoaderError):

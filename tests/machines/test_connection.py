@@ -23,7 +23,11 @@ TIMEOUT_S = 2.0
 BEAT_S = 0.3
 
 
-@pytest.fixture(scope="module", params=[3, 2], ids=["3 machines", "2 machines"])
+# With two, other tests are run too: test_meetings.py and test_load_over_machines.py.
+@pytest.fixture(
+    scope="module", params=[3, pytest.param(2, marks=pytest.mark.exhaustive)],
+    ids="{} machines".format,
+)
 def stations(request) -> Iterator[Stations]:
     made = Stations(request.param - 1)
     yield made

@@ -169,6 +169,8 @@ def test_the_first_machine_may_end_and_come_back(address, tmp_path):
         other.hears("the session is over")
         machines = connect(parse_address(address), timeout=TIMEOUT_S, beat=BEAT_S)
         assert machines.ask(1, "echo")["pid"] == other.process.pid
+        machines.send(Frame("pass", {}, [ones(2)]))
+        assert (machines.receive().arrays[0] == 2).all()
     finally:
         first.kill()
         other.kill()

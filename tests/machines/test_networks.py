@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from support.namespaces import Network, refusal
-from support.stations import ones
 
 from exl_loader.machines.address import parse_address
 from exl_loader.machines.connection import Machines, close_all, connect
 from exl_loader.machines.frames import Frame
 from exl_loader.utils.errors import MachineLost
+from support.namespaces import Network, refusal
+from support.stations import ones
 
 TIMEOUT_S = 2.0
 BEAT_S = 0.3
