@@ -126,6 +126,10 @@ class Station:
                 if frame is None:
                     break
                 self._handle(ring, handler, frame)
+        except BaseException:
+            # An interrupt: the others learn it before this machine frees its memory.
+            self.close()
+            raise
         finally:
             try:
                 handler.lost()
