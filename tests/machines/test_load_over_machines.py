@@ -5,6 +5,7 @@ It gives the tokens of one machine, takes the bytes of its plan, and survives ma
 
 from __future__ import annotations
 
+import collections
 import os
 import random
 import signal
@@ -271,15 +272,18 @@ def test_the_machines_that_are_left_can_load(folder, three, expected):
 
 
 class Killer:
-    """Kills a machine in a task of the load, a random moment after it has begun."""
+    """Kills a machine in a task of the load, a random moment after it has begun.
+
+    While the first machine waits for the others, it is started again at once.
+    """
 
     def __init__(self, processes, rank, task, delay):
         self._processes, self._rank, self._task, self._delay = processes, rank, task, delay
         self._timer = None
 
     def start(self, task, total=None, unit=""):
-        if task == self._task and self._timer is None:
-            self._timer = threading.Timer(self._delay, self._processes.signal, (self._rank,))
+        if task.startswith(self._task) and self._timer is None:
+            self._timer = threading.Timer(self._delay, self._kill)
             self._timer.start()
 
     def advance(self, task, n=1):
@@ -288,16 +292,21 @@ class Killer:
     def finish(self, task):
         pass
 
+    def _kill(self):
+        self._processes.signal(self._rank)
+        if self._task == WAITING:
+            self._processes.start(self._rank)
+
     def end(self):
-        """Start the machine again, when it has been killed."""
-        if self._timer is None:
-            self._processes.signal(self._rank)
-        else:
-            self._timer.join()
-        self._processes.start(self._rank)
+        """Start the machine again, if that has not been done."""
+        assert self._timer is not None, self._task
+        self._timer.join()
+        if self._task != WAITING:
+            self._processes.start(self._rank)
 
 
-MOMENTS = ("importing", "reserving memory", "loading weights", "sampling keys", "prefill", "decode")
+WAITING = "waiting for machines"
+MOMENTS = (WAITING, "reserving memory", "loading weights", "sampling keys", "prefill", "decode")
 
 
 def test_kills_at_random_moments(folder, three, expected):
@@ -306,21 +315,27 @@ def test_kills_at_random_moments(folder, three, expected):
     outcomes = []
     for number in range(KILLS):
         moment = MOMENTS[number % len(MOMENTS)]
+        if moment == WAITING:
+            close_all()
         killer = Killer(three, rng.choice((1, 2)), moment, rng.uniform(0, 0.1))
         try:
             with load(folder, three, progress=killer, ctx_size=16384) as model:
-                killer.start("prefill")
-                iterator = iter(model.generate_ids(
-                    PROMPTS[1] * 20, SETTINGS | {"max_new_tokens": 1 << 20}))
-                next(iterator)
-                killer.start("decode")
-                list(iterator)
-            outcomes.append((moment, "no error"))
+                assert moment != WAITING or texts(model) == expected[1]
+                if moment == WAITING:
+                    outcomes.append((moment, "loaded"))
+                else:
+                    killer.start("prefill")
+                    iterator = iter(model.generate_ids(
+                        PROMPTS[1] * 20, SETTINGS | {"max_new_tokens": 1 << 20}))
+                    next(iterator)
+                    killer.start("decode")
+                    list(iterator)
+                    outcomes.append((moment, "no error"))
         except (MachineLost, MachineRefused) as error:
             outcomes.append((moment, type(error).__name__))
         killer.end()
-    print(outcomes)
-    found = {outcome for moment, outcome in outcomes if moment in ("prefill", "decode")}
+    print(collections.Counter(outcomes))
+    found = {outcome for moment, outcome in outcomes if moment != WAITING}
     assert found == {"MachineLost"}, outcomes
     with load(folder, three) as model:
         assert texts(model) == expected[1]
