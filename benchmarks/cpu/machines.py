@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,28 +37,29 @@ FRAME_BYTES = 300
 
 
 def measure(
-    model: exl_loader.LoadedModel, tokens: int, requests: int, prompt: int
+    model: exl_loader.LoadedModel, tokens: int, requests: int, prompt: int, depth: int
 ) -> dict[str, Any]:
     """Return tokens a second: of a prompt, of one request, and of several at once."""
-    ids = [3 + 7 * i % 1000 for i in range(prompt)]
+    ids = [3 + 7 * i % 1000 for i in range(max(prompt, depth + requests))]
     settings = SETTINGS | {"max_new_tokens": tokens}
     list(model.generate_ids(ids[:40], settings | {"max_new_tokens": 4}))
     found: dict[str, Any] = {}
     start = time.perf_counter()
-    list(model.generate_ids(ids, SETTINGS | {"max_new_tokens": 1}))
+    list(model.generate_ids(ids[:prompt], SETTINGS | {"max_new_tokens": 1}))
     found["prompt"] = prompt / (time.perf_counter() - start)
     for name, count in (("one", 1), ("several", requests)):
-        texts = [model.generate_ids([5 + i, *ids[i : i + 30]], settings) for i in range(count)]
+        texts = [model.generate_ids([5 + i, *ids[i : i + depth]], settings) for i in range(count)]
         readers = [iter(text) for text in texts]
         # The prompts are no part of what is measured.
-        written = [[next(reader)] for reader in readers]
+        firsts = [next(reader) for reader in readers]
         before = sum(text.stats.new_tokens for text in texts)
         start = time.perf_counter()
-        for reader, text in zip(readers, written, strict=True):
-            text += reader
+        # Each text has a reader, because a text that nobody reads is not computed far ahead.
+        with ThreadPoolExecutor(count) as pool:
+            others = list(pool.map(list, readers))
         seconds = time.perf_counter() - start
         found[name] = (sum(text.stats.new_tokens for text in texts) - before) / seconds
-        found[f"{name}_ids"] = written
+        found[f"{name}_ids"] = [[one, *more] for one, more in zip(firsts, others, strict=True)]
     return found
 
 
@@ -84,8 +86,8 @@ def rates(folder: Path, sizes: dict[str, int], link: AbstractContextManager[Any]
           host: str) -> dict[str, Any]:
     """Measure one process, or with a split two machines."""
     options: dict[str, Any] = {
-        "device": "cpu", "ctx_size": 2048, "cache_size": 2048 * sizes["requests"],
-        "cache_type": "fp16", "max_batch_size": sizes["requests"], "measure": sizes,
+        "device": "cpu", **context(sizes), "cache_type": "fp16",
+        "max_batch_size": sizes["requests"], "measure": sizes,
     }
     with link as made:
         prefixes = [[], []] if made is None else made.prefixes
@@ -114,11 +116,17 @@ def rates(folder: Path, sizes: dict[str, int], link: AbstractContextManager[Any]
                 other.wait()
 
 
+def context(sizes: dict[str, int]) -> dict[str, int]:
+    """Return the options for the length of the texts and for all of them at once."""
+    longest = max(sizes["prompt"], sizes["depth"]) + sizes["tokens"] + 256
+    return {"ctx_size": longest, "cache_size": longest * sizes["requests"]}
+
+
 def half_split(folder: Path, sizes: dict[str, int]) -> str:
     """Return the `gpu_split` that leaves half of the layers to the second machine."""
     plan = exl_loader.plan(
-        folder, device="cpu", ctx_size=2048, cache_size=2048 * sizes["requests"],
-        cache_type="fp16", max_batch_size=sizes["requests"],
+        folder, device="cpu", **context(sizes), cache_type="fp16",
+        max_batch_size=sizes["requests"],
     )
     config = speed_models.GEOMETRY
     # Embedding, head and workspace are on the first machine besides its layers.
@@ -151,6 +159,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=48, help="new tokens of a request")
+    parser.add_argument("--depth", type=int, default=30,
+                        help="tokens of each request's text before the new ones")
     parser.add_argument("--prompt", type=int, default=1024)
     parser.add_argument("--links", default="0,0.1:10,0.1:1,1:1", help="MS or MS:GBIT, ...")
     parser.add_argument("--json", action="store_true")
@@ -159,7 +169,8 @@ def main() -> None:
     if args.worker:
         run_worker(*args.worker)
         return
-    sizes = {"tokens": args.tokens, "requests": args.requests, "prompt": args.prompt}
+    sizes = {"tokens": args.tokens, "requests": args.requests, "prompt": args.prompt,
+             "depth": args.depth}
     found = []
     with tempfile.TemporaryDirectory() as directory:
         config = speed_models.GEOMETRY | {"num_hidden_layers": args.layers}
