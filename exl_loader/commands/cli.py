@@ -83,6 +83,10 @@ def _run(argv: list[str]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     verbose = "--verbose" in argv
+    if "serve-stage" in argv[:1] or any(word.startswith("--machines") for word in argv):
+        # PyTorch prints a C++ stack trace for every connection that ends or is not there yet. It
+        # reads this when it is imported.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     try:
         args = parse(argv)
         code = args.run(args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from ..machines.address import parse_address
@@ -26,8 +25,6 @@ def examine_machines(text: str) -> dict[str, Any]:
         MachineLost: a machine was lost meanwhile.
     """
     address = parse_address(text, "--machines")
-    # PyTorch would print C++ stack traces when a machine ends.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ..machines.connection import connect
     from ..machines.probe import describe_machines, measure, token_seconds
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -56,8 +55,6 @@ def run(args: argparse.Namespace) -> int:
     answers = PlanAnswers(
         args.models, LoadOptions(device=args.device, memory_limit=args.memory_limit)
     )
-    # Otherwise PyTorch prints C++ stack traces whenever the first machine ends.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ..machines.station import Station
     from ..stage_server import StageServer
 

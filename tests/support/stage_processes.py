@@ -89,7 +89,7 @@ class StageProcesses:
 
 
 def main() -> None:
-    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
     import torch  # noqa: F401
 
     import exl_loader.stage_server  # noqa: F401
