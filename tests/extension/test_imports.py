@@ -14,6 +14,8 @@ INTERNAL = {
     "checkpoint.model_class": "has_unknown_class: whether to offer the toggle of unknown classes",
     "checkpoint.weight_files": "the page's picker names downloads that have not ended",
     "commands.generate": "the page starts with the prompt of `generate`",
+    "commands.hub": "the page downloads models by the same client as `download`",
+    "commands.model_download": "the page downloads what `download` would, with its plan",
     "commands.model_options": "the page shows the shipped model with the defaults of `generate`",
     "generation.settings": "biases: the API's logit_bias is checked as the engine checks it",
     "memory.reservation.text": "refusal: TabbyAPI's backend refuses a load before it begins",
