@@ -57,10 +57,10 @@ class OtherMachines:
         self._replies: dict[int, dict[str, Any]] = {}
         self._error: BaseException | None = None
         _wait_for_unload(machines)
-        machines.in_use = True
         machines.reserve(
             *reserved_frames(self._hidden_size, plan.reservation.chunk_size, self._num_machines)
         )
+        machines.in_use = True
         # A model that is dropped and not unloaded ends without a call of `unload`.
         self._dropped = weakref.finalize(
             self, _unload_behind, machines, self._load_number, tuple(plan.others)
