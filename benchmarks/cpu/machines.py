@@ -47,7 +47,7 @@ def measure(
     start = time.perf_counter()
     list(model.generate_ids(ids[:prompt], SETTINGS | {"max_new_tokens": 1}))
     found["prompt"] = prompt / (time.perf_counter() - start)
-    for name, count in (("one", 1), ("several", requests)):
+    for name, count in (("one", 1), ("half", requests // 2), ("several", requests)):
         texts = [model.generate_ids([5 + i, *ids[i : i + depth]], settings) for i in range(count)]
         readers = [iter(text) for text in texts]
         # The prompts are no part of what is measured.
@@ -148,9 +148,9 @@ def predicted(one: dict[str, Any], sizes: dict[str, int], latency_s: float,
     requests = sizes["requests"]
     # A request alone: all layers one after the other, and two ways.
     alone = 1 / (1 / one["one"] + 2 * way(1))
-    # Several: two passes of half of the requests each, of which each machine computes one.
-    half = requests / one["several"] / 2
-    period = max(half, half / 2 + 2 * way(requests // 2) / 2)
+    # Several: two passes of half of the requests each, which go around at the same time.
+    half = requests // 2
+    period = half / one["half"] + 2 * way(half)
     return {"one": alone, "several": requests / period, "prompt": 2 * one["prompt"]}
 
 
