@@ -96,8 +96,8 @@ class ServedLayers:
             and 0 < num_rows <= layers.chunk_size
             and rows.shape == (num_rows, layers.hidden_size)
         )
+        needs_open_page = self._num_open_pages > 0
         for sequence, _ in entries:
-            needs_open_page = self._num_open_pages > 0
             fits = (
                 fits
                 and all(0 <= page < self._num_pages for page in sequence.pages)
@@ -106,7 +106,7 @@ class ServedLayers:
                 and (sequence.open_page or 0) < max(1, self._num_open_pages)
             )
         if not fits:
-            raise InvalidFrame("a pass that is none of these layers")
+            raise InvalidFrame("a pass beyond the tensors of these layers")
 
     def _copy(self, frame: Frame) -> None:
         is_open = frame.kind == COPY_OPEN_PAGE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
 
 import pytest
 
@@ -15,6 +14,7 @@ from exl_loader.generation.evaluations import TextEvaluation
 from exl_loader.generation.jobs import Job
 from exl_loader.utils.errors import CacheFull
 from support import in_threads
+from support.callers import Caller, check_pages
 from support.emulated_cuda import EmulatedCards
 from support.fake_model import FakeModel, fake_engine
 from support.full_drafts import draft_fully
@@ -254,19 +254,6 @@ def alone(prompt: list[int], options: dict) -> list[int]:
     return list(engine.generate_ids(prompt, options))
 
 
-@dataclass
-class Caller:
-    """Someone who sends a request at a step, reads it fast or slowly, and may leave early."""
-
-    arrives: int
-    prompt: list[int]
-    options: dict
-    reads: float
-    leaves_after: int
-    job: Job | None = None
-    taken: list[int] = field(default_factory=list)
-
-
 def random_caller(rng: random.Random, bases: list[list[int]]) -> Caller:
     base = rng.choice(bases)
     prompt = base[: rng.choice([1, 5, 250, 256, 257, rng.randint(1, len(base))])]
@@ -282,19 +269,6 @@ def random_caller(rng: random.Random, bases: list[list[int]]) -> Caller:
     ])
     leaves_after = rng.choice([10**6] * 4 + [rng.randint(1, 500)])
     return Caller(rng.randrange(600), prompt, options, rng.choice([1, 1, 0.3]), leaves_after)
-
-
-def check_pages(scheduler) -> None:
-    """Every page is free or held by a text, and waiting jobs hold none."""
-    cache = scheduler.cache
-    held = {page for job in scheduler.active for text, _ in job.texts for page in text.pages}
-    for evaluation in scheduler.evaluations:
-        held |= set(evaluation.sequence.pages)
-    assert held.isdisjoint(cache._free) and len(held) + len(cache._free) == cache.num_pages
-    assert all(request.sequence is None for request in scheduler.waiting)
-    arrivals = [request.arrival for request in scheduler.waiting]
-    assert arrivals == sorted(arrivals)
-    assert max((job.arrival for job in scheduler.active), default=-1) < min(arrivals, default=9**9)
 
 
 @pytest.mark.parametrize("drafted", [False, True])
