@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import exl_loader
+from exl_loader.backends.cuda import backend, cards
 from exl_loader.convert import convert, measurement
 from exl_loader.convert.activations import LayerRunner
 from exl_loader.convert.reservation import ConversionReservation
@@ -88,3 +89,14 @@ def test_unknown_devices_are_refused(tiny_model, tmp_path, device):
     with pytest.raises(InvalidSettings, match="device"):
         convert(tiny_model(), tmp_path / "exl2", device=device, **FEW)
     assert not list(tmp_path.glob("exl2*"))
+
+
+def test_a_missing_card_suggests_only_what_the_call_has(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "_torch_in_use", lambda device: None)
+    monkeypatch.setattr(cards, "smi_memory", lambda device: None)
+    folder = tiny_model(num_hidden_layers=1)
+    with pytest.raises(InvalidSettings, match="device='cpu'") as found:
+        convert(folder, tmp_path / "out", device="cuda:7", **FEW)
+    assert "vram" not in str(found.value)
+    with pytest.raises(InvalidSettings, match="device='cpu', or vram="):
+        exl_loader.plan(folder, device="cuda:7")

@@ -101,7 +101,7 @@ class CudaBackend:
             f"device {device}",
             expected="an NVIDIA card that nvidia-smi lists",
             actual="none of that number",
-            remedy="Use device='cpu', or vram='24GiB' to plan for a card that is not here.",
+            remedy="Use device='cpu'",
         )
 
     def overhead(self, device: str) -> tuple[int, bool]:

@@ -173,8 +173,14 @@ def _present(name: str, limit: int | None, given_back: int) -> Budget:
         limit = environment if limit is None else min(limit, environment)
     backend = backend_of(name)
     overhead_bytes, measured = backend.overhead(name)
-    capacity = _without(backend.capacity(name), given_back)
-    return Budget(name, capacity, limit, overhead_bytes, measured)
+    try:
+        now = backend.capacity(name)
+    except InvalidSettings as error:
+        raise InvalidSettings(
+            error.thing, expected=error.expected, actual=error.actual,
+            remedy=f"{error.remedy}, or vram='24GiB' to plan for a card that is not here",
+        ) from None
+    return Budget(name, _without(now, given_back), limit, overhead_bytes, measured)
 
 
 def _without(now: Capacity, held_bytes: int) -> Capacity:
