@@ -35,7 +35,14 @@ from .activations import LayerRunner
 from .allocation import Option, allocate
 from .calibration import calibration_rows
 from .error_feedback import PreparedHessian, quantize, sort_rows
-from .measurement import BlockMeasurement, Combination, count_steps, mean_divergences, measure_block
+from .measurement import (
+    BlockMeasurement,
+    Combination,
+    count_parts,
+    count_steps,
+    mean_divergences,
+    measure_block,
+)
 from .measurement_file import FILE_NAME, as_json, from_json, read_measurement
 from .mixes import Mix
 from .packing import QuantizedLinear, dequantize, exl2_tensors
@@ -313,9 +320,10 @@ class _Pipeline:
                     key: BlockMeasurement(ways, None) for key, ways in measured.items()
                 })}
                 work.save("measuring", Checkpoint(index + 1, states, saved))
+        source = self._probe(states.pop(_SOURCE))
+        with task(self.progress, "comparing predictions", count_parts(source), "parts") as advance:
             runner.load_head()
-            source = self._probe(states.pop(_SOURCE))
-            divergences = mean_divergences(runner, source, states)
+            divergences = mean_divergences(runner, source, states, advance)
         found = {
             key: BlockMeasurement(ways, divergences[key] / errors[key])
             for key, ways in measured.items()

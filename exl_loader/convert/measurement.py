@@ -21,6 +21,7 @@ import torch
 from ..formats.layer import LinearSpec
 from ..model.parts.linear import Linear
 from ..model.parts.part import Block
+from ..utils.integers import ceil_div
 from .activations import LayerRunner, LoadedLayer, first_products
 from .allocation import Option, efficient, gain
 from .error_feedback import PreparedHessian, quantize, sort_rows
@@ -232,8 +233,14 @@ def _combination(chosen: Mapping[str, Way]) -> Combination:
     )
 
 
+def count_parts(states: torch.Tensor) -> int:
+    """Return how often `mean_divergences` reports a finished part of these hidden states."""
+    return ceil_div(states.flatten(0, 1).shape[0], LOGITS_ROWS)
+
+
 def mean_divergences(
-    runner: LayerRunner, expected: torch.Tensor, actual: Mapping[str, torch.Tensor]
+    runner: LayerRunner, expected: torch.Tensor, actual: Mapping[str, torch.Tensor],
+    advance: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Return Kullback-Leibler divergences of predictions, nats per token.
 
@@ -244,6 +251,7 @@ def mean_divergences(
         runner: with a loaded head.
         expected: hidden states of texts after the last layer, float32 [R, T, hidden_size].
         actual: name -> those with something quantised.
+        advance: called with 1 after each part of the texts; None for nothing.
 
     Returns:
         Name -> mean divergence.
@@ -262,6 +270,7 @@ def mean_divergences(
             cross = torch.linalg.vecdot(p, logits).double().sum()
             norms = torch.logsumexp(logits, dim=-1).double().sum()
             totals[name] += (norms - cross - entropy).item()
-        runner.tick()
+        if advance is not None:
+            advance(1)
     # Rounding may make a divergence of zero slightly negative.
     return {name: max(total, 0.0) / len(rows) for name, total in totals.items()}

@@ -24,6 +24,7 @@ from exl_loader.convert.reservation import ConversionSizes, reserve
 from exl_loader.convert.roles import block_roles, layer_blocks
 from exl_loader.convert.source import Source
 from exl_loader.utils.errors import InsufficientMemory, InvalidSettings
+from support.builds import Recorder
 from support.hf_models import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -216,6 +217,21 @@ def test_divergences_are_those_of_the_definition(source):
     assert found["same"] == pytest.approx(0, abs=1e-6)
     expected = (logs.exp() * (logs - others)).sum(-1).mean().item()
     assert found["other"] == pytest.approx(expected, rel=1e-3) and expected > 1e-4
+
+
+def test_every_counted_task_of_a_conversion_reaches_its_count(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(measurement, "LOGITS_ROWS", 40)
+    recorder = Recorder()
+    convert(folder, tmp_path / "exl2", bits=7, progress=recorder, **FEW)
+    begun = [rest for kind, *rest in recorder.calls if kind == "start"]
+    totals = {name: total for name, total, _ in begun if total is not None}
+    done = dict.fromkeys(totals, 0)
+    for kind, name, *rest in recorder.calls:
+        if kind == "advance" and name in done:
+            done[name] += rest[0]
+    assert done == totals
+    # Of 3 rows of 32 tokens.
+    assert totals["comparing predictions"] == 3
 
 
 def test_a_measurement_is_reused_for_other_sizes(folder, tmp_path, monkeypatch):
