@@ -181,8 +181,9 @@ def resource_report(messages: str) -> dict[str, dict[str, int]]:
     return report
 
 
+@lru_cache
 def kernels_of(source: Path) -> list[str]:
-    """List the kernels that a source registers, macros expanded by g++."""
+    """List the kernels that a source of this checkout registers, macros expanded by g++."""
     command = ["g++", "-x", "c++", "-std=c++17", "-E", "-P", "-DEXL_CUDA_EMULATION"]
     command += ["-I", str(REPO / "csrc"), "-I", str(REPO / "tests" / "support"), str(source)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pytest
 import torch
 
@@ -28,16 +30,23 @@ def read(codes, scales, head_dim, bits):
     return dequantize(codes[found], scales[found], head_dim, bits)
 
 
+@lru_cache
+def written_by_the_reference(cache_type, head_dim):
+    """Return a batch, keys, their feedback, and a layer of them, once for all targets."""
+    batch = make_batch([0, 250], [60, 40])
+    k = random_rows(100, 2, head_dim, 1)
+    feedback = stored_feedback(moments(2, head_dim))
+    return batch, k, feedback, written(REFERENCE, cache_type, k, batch, feedback)
+
+
 @pytest.mark.parametrize("cache_type", ["q6", "q4", "q3", "q4_q8", "q6_fp16"])
 @pytest.mark.parametrize("head_dim", [4, 20, 64, 72, 80, 96, 128, 256, 300])
 def test_keys_are_written_as_the_reference_does(ops, cache_type, head_dim):
     """The rotation's sums differ in the last bit, so that a tie may fall differently, and then all
     further elements of that key may. A CPU may also choose a negated scale, whose levels are as
     good but not the same."""
-    batch = make_batch([0, 250], [60, 40])
-    k = random_rows(100, 2, head_dim, 1)
-    feedback = stored_feedback(moments(2, head_dim))
-    ours, theirs = (written(w, cache_type, k, batch, feedback) for w in (ops, REFERENCE))
+    batch, k, feedback, theirs = written_by_the_reference(cache_type, head_dim)
+    ours = written(ops, cache_type, k, batch, feedback)
     a, b = (read(x.k_codes, x.k_scales, head_dim, x.cache_type.k_bits) for x in (ours, theirs))
     assert len(a) == len(b) == 200
     scales = [x.k_scales.flatten(0, 2) for x in (ours, theirs)]

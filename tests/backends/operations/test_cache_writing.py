@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pytest
 import torch
 
@@ -52,6 +54,17 @@ def test_unquantised_types_are_written_bit_for_bit(ops, cache_type, head_dim):
     assert_same_bytes(*layers)
 
 
+@lru_cache
+def written_by_the_reference(cache_type, head_dim, *new):
+    """Return a batch with so many new rows, its keys and values, and a layer of them.
+
+    They are made once for all targets.
+    """
+    batch = make_batch([0, 250], list(new))
+    k, v = (random_rows(sum(new), 2, head_dim, seed) for seed in (1, 2))
+    return batch, k, v, written(REFERENCE, cache_type, k, v, batch)
+
+
 @pytest.mark.parametrize("cache_type", ["q8", "q6", "q4", "q3"])
 @sizes("head_dim", cpus=ALL_CPUS, cpu=[20, 64, 80],
        cuda=[1, 16, 20, 64, 72, 80, 96, 112, 128, 256, 300])
@@ -59,9 +72,8 @@ def test_quantised_writing_equals_the_reference(ops, cache_type, head_dim):
     """The rotation's sums differ in the last bit, so that a tie may fall differently: what is
     compared is nearly all of the bytes, and all of the values."""
     new, least_same = {"cpu": ([150, 100], 0.995), "cuda": ([30, 10], 0.98)}[ops.kind]
-    batch = make_batch([0, 250], new)
-    k, v = (random_rows(sum(new), 2, head_dim, seed) for seed in (1, 2))
-    ours, theirs = (written(writer, cache_type, k, v, batch) for writer in (ops, REFERENCE))
+    batch, k, v, theirs = written_by_the_reference(cache_type, head_dim, *new)
+    ours = written(ops, cache_type, k, v, batch)
     bits = int(cache_type[1:])
     values = []
     for layer in (ours, theirs):

@@ -110,11 +110,14 @@ void describe_place(char* text, size_t bytes, const Thread& thread) {
     fail("threads diverge: %d %s, %d %s", one, first, other, second);
 }
 
+// Within a source equal names are nearly always one string, so that few are compared by letters.
+bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
 bool same_place(const Thread& a, const Thread& b) {
     if (a.waits != b.waits) return false;
     if (a.waits == Waits::kExit) return true;
-    return a.site.line == b.site.line && std::strcmp(a.site.operation, b.site.operation) == 0 &&
-           (a.site.file == b.site.file || std::strcmp(a.site.file, b.site.file) == 0);
+    return a.site.line == b.site.line && same_text(a.site.operation, b.site.operation) &&
+           same_text(a.site.file, b.site.file);
 }
 
 // All lanes of the warp are parked. They must be at the same source location.
