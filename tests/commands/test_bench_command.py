@@ -217,7 +217,9 @@ def test_tests_run_in_order_with_the_bandwidth_before_each_repetition():
 
 @pytest.fixture
 def reference_operations(monkeypatch):
+    """Use the reference operations, and a buffer that they read in little time."""
     monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")
+    monkeypatch.setattr(BACKENDS["cpu"], "read_buffer_bytes", 1 << 20, raising=False)
 
 
 def test_the_table_and_the_json_have_every_test(tiny_model_dir, reference_operations, capsys):

@@ -76,14 +76,22 @@ def test_the_definition_goes_back_often_enough(byte_tokenizer):
     assert found.num_excluded > 20 and found.num_lost > 10
 
 
-@pytest.mark.parametrize("chosen", [{"KEPT_ROWS": 0}, {"DRAWS_IN_STEP": 1}, {"KEPT_ROWS": 1}])
-def test_logits_that_are_not_kept_are_computed_again(byte_tokenizer, monkeypatch, chosen):
-    for name, value in chosen.items():
-        monkeypatch.setattr(rewind, name, value)
+@pytest.fixture(scope="module")
+def long_text(byte_tokenizer):
+    """Return a script of logits, banned strings, and the definition's text of 600 tokens."""
     logits = invented(letters_of(byte_tokenizer, "ab-"))
     banned = ["aba", "bb", "a--b"]
+    return logits, banned, define(byte_tokenizer, lambda ids: logits([5, *ids]), banned, 600, ())
+
+
+@pytest.mark.parametrize("chosen", [{"KEPT_ROWS": 0}, {"DRAWS_IN_STEP": 1}, {"KEPT_ROWS": 1}])
+def test_logits_that_are_not_kept_are_computed_again(
+    byte_tokenizer, long_text, monkeypatch, chosen
+):
+    for name, value in chosen.items():
+        monkeypatch.setattr(rewind, name, value)
+    logits, banned, expected = long_text
     engine, model, _ = fake_engine(logits, VOCAB, ctx_size=1024, tokenizer=byte_tokenizer)
-    expected = define(byte_tokenizer, lambda ids: logits([5, *ids]), banned, 600, ())
     generation = engine.generate([5], GREEDY | {"max_new_tokens": 600, "banned_strings": banned})
     assert "".join(generation) == byte_tokenizer.decode(expected.ids)
     assert sum(map(sum, model.calls)) > expected.num_texts
