@@ -28,7 +28,7 @@ from exl_loader.utils.errors import (
 )
 from exl_loader.utils.progress import NullProgress
 from support.makers import write_quantized_model
-from support.tiny import write_tiny_model
+from support.tiny import CONFIG, write_tiny_model
 
 CTX = 600
 IDS = [1, 50, 99, 7, 200, 31]
@@ -201,8 +201,12 @@ def test_progress_counts_the_layers_whose_keys_are_sampled(
 
 def test_a_folder_without_tokenizer_runs_on_ids(tiny_model, nothing_left):
     folder = tiny_model(tokenizer=False)
+    settings = {"max_new_tokens": 3, "temperature": 0, "ban_eos_token": True}
     with exl_loader.load(folder, ctx_size=CTX) as model:
-        assert len(list(model.generate_ids(IDS, {"max_new_tokens": 3}))) <= 3
+        ids = list(model.generate_ids(IDS, settings))
+        logits = model.prompt_logits([*IDS, *ids])[len(IDS) - 1 : -1]
+        logits[:, CONFIG["eos_token_id"]] = -torch.inf
+        assert ids == logits.argmax(dim=1).tolist() and len(ids) == 3
         with pytest.raises(InvalidTokenizer, match="tokenizer.json"):
             model.encode("text")
 

@@ -1,10 +1,10 @@
 """What tabs ask for, what they keep of what is typed, and a server that ends and starts again."""
 
 import json
-import socket
 
 import pytest
 
+from support.ports import free_port
 from support.tiny import write_tiny_model
 from support.webui_page import CHROMIUM
 
@@ -84,9 +84,7 @@ def test_the_versions_are_answered_for_a_tab_and_nothing_else():
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 def test_what_was_just_typed_outlives_a_reload_and_the_server(browser, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     folder = write_tiny_model(tmp_path / "tiny")
     server = serve(str(folder), "--port", port)
     with Page(browser, next(server)) as page:

@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -153,8 +154,11 @@ def test_a_frame_larger_than_allowed_needs_a_reservation(machines):
 
 
 def test_beats_keep_a_link_while_a_machine_works_for_longer_than_the_timeout(machines):
-    machines.ask_all("sleep", {"seconds": TIMEOUT_S + 0.5})
-    machines.check()
+    """Nothing is lost meanwhile, neither for the first machine nor for the others."""
+    lost = [reply["lost"] for reply in machines.ask_all("echo")]
+    slept = machines.ask_all("sleep", {"seconds": TIMEOUT_S + 0.5})
+    assert slept == [{}] * len(machines.others)
+    assert [reply["lost"] for reply in machines.ask_all("echo")] == lost
 
 
 def test_a_question_overtakes_frames_that_wait(machines):
@@ -197,12 +201,17 @@ def test_a_killed_machine_is_lost_and_may_come_back(machines, stations):
 
 
 def test_a_killed_machine_ends_a_question(machines, stations):
+    """It is killed while it works on the question, which would never end."""
     last = len(machines.others)
-    timer = threading.Timer(0.5, stations[last].kill)
-    timer.start()
+
+    class Killing(NullProgress):
+        def start(self, task, total, unit):
+            if task == f"reading, {machines.others[-1].name}":
+                stations[last].kill()
+
     with pytest.raises(MachineLost):
-        machines.ask_all("sleep", {"seconds": 5})
-    timer.join()
+        machines.ask_all("load for ever", progress=Killing())
+    assert not stations[last].is_alive
 
 
 def test_a_machine_that_hangs_is_lost(machines, stations):
@@ -218,13 +227,21 @@ def test_a_machine_that_hangs_is_lost(machines, stations):
 
 
 def test_the_end_of_a_session_ends_what_the_machines_do(machines, stations):
-    asking = threading.Thread(
-        target=lambda: pytest.raises(MachineLost, machines.ask_all, "load for ever")
-    )
-    asking.start()
-    before = [sum("is over" in line for line in stations[rank].said) for rank in ranks(stations)]
-    close_all()
-    asking.join()
+    begun = threading.Semaphore(0)
+
+    class Begun(NullProgress):
+        def start(self, task, total, unit):
+            begun.release()
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(machines.ask_all, "load for ever", progress=Begun())
+        for _ in machines.others:
+            assert begun.acquire(timeout=300)
+        before = [
+            sum("is over" in line for line in stations[rank].said) for rank in ranks(stations)
+        ]
+        close_all()
+        assert isinstance(asked.exception(300), MachineLost)
     for rank, count in zip(ranks(stations), before, strict=True):
         stations[rank].hears("the session is over", count + 1)
     replies = open_connection(stations).ask_all("echo")

@@ -20,8 +20,8 @@ from exl_loader.commands.model_options import DEMO_MODEL
 from exl_loader.machines.address import parse_address
 from exl_loader.machines.connection import close_all, connect
 from exl_loader.utils.errors import InsufficientMemory, MachineLost, MachineRefused
+from support.ports import free_port
 from support.stage_processes import StageFarm, StageProcesses
-from support.stations import free_port
 from support.tiny import write_tiny_model
 
 SMOLLM2 = Path(__file__).parents[2] / "build" / "smollm2"

@@ -18,7 +18,8 @@ from exl_loader.machines.connection import close_all, connect
 from exl_loader.machines.frames import Frame
 from exl_loader.machines.station import Station
 from exl_loader.utils.errors import MachineRefused
-from support.stations import EchoHandler, StationProcess, free_port, ones
+from support.ports import free_port
+from support.stations import EchoHandler, StationProcess, ones
 
 TIMEOUT_S = 3.0
 BEAT_S = 0.3
@@ -49,7 +50,7 @@ class StationThread:
 
     def hears(self, words: str) -> None:
         with self._heard:
-            found = self._heard.wait_for(lambda: any(words in line for line in self._said), 60)
+            found = self._heard.wait_for(lambda: any(words in line for line in self._said), 300)
         assert found, f"{words!r} is not in {self._said}"
 
     def stop(self) -> None:

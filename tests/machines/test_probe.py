@@ -19,7 +19,8 @@ from exl_loader.machines.probe import (
 )
 from exl_loader.machines.ring import Machine
 from support.namespaces import Network, refusal
-from support.stations import StationProcess, free_port
+from support.ports import free_port
+from support.stations import StationProcess
 
 FIRST, OTHER = Machine(0, 0, "node-a"), Machine(1, 1, "node-b")
 

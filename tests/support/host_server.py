@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -29,12 +28,6 @@ GREEDY = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}
 _START_WAIT_S = 240
 _END_WAIT_S = 60
 _ANSWER_WAIT_S = 300
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def copy_demo(folder: Path, *names: str) -> Path:

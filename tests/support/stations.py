@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,14 +16,9 @@ import numpy as np
 
 from exl_loader.machines.frames import Frame
 from exl_loader.utils.errors import InvalidSettings
+from support.ports import free_port
 
 TESTS = Path(__file__).resolve().parent.parent
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
 
 
 class EchoHandler:
@@ -111,7 +105,7 @@ class StationProcess:
         """Wait until the process has printed lines with these words."""
         with self._heard:
             found = self._heard.wait_for(
-                lambda: sum(words in line for line in self.said) >= count, 60
+                lambda: sum(words in line for line in self.said) >= count, 300
             )
         assert found, f"{words!r} is not in {self.said}"
 

@@ -16,7 +16,8 @@ import pytest
 
 from extension.install.environment import TABBYAPI, find_python
 
-from .host_server import DEMO, GREEDY, HostServer, free_port
+from .host_server import DEMO, GREEDY, HostServer
+from .ports import free_port
 
 FOLDER = os.environ.get("TABBYAPI_DIR")
 PYTHON = Path(os.environ["TABBYAPI_PYTHON"]) if "TABBYAPI_PYTHON" in os.environ else None

@@ -17,7 +17,8 @@ import pytest
 
 from extension.install.environment import find_python
 
-from .host_server import DEMO, GREEDY, HostServer, free_port
+from .host_server import DEMO, GREEDY, HostServer
+from .ports import free_port
 
 WEBUI = os.environ.get("TEXTGEN_WEBUI_DIR")
 PYTHON = Path(os.environ["TEXTGEN_WEBUI_PYTHON"]) if "TEXTGEN_WEBUI_PYTHON" in os.environ else None

@@ -14,7 +14,7 @@ from exl_loader.backends.cuda.moe import MoeOps
 from exl_loader.backends.kernel_structs import ACTIVATIONS, GATES
 from exl_loader.backends.reference.ops import ReferenceOps
 from support.kernel_cases import dense_linear, random_rows
-from support.targets import ALL_TARGETS, sizes, target
+from support.targets import ALL_TARGETS, emulated_launcher, sizes, target
 
 REFERENCE = ReferenceOps()
 ULP = 2.0**-23
@@ -211,13 +211,28 @@ def test_gather_and_scatter(ops):
     assert_close(total, expected, ulps=1, atol=ULP * float(out.abs().max()) * 2)
 
 
-def test_no_rows(ops):
-    """No work, and no launch, which a card would refuse."""
-    empty = torch.empty(0, 40)
+def call_with_no_rows(ops):
+    """Call operations on tensors without a row; return rows that none of them may change."""
+    empty, no_rows = torch.empty(0, 40), torch.empty(0, dtype=torch.int32)
+    rows = random_rows(3, 40)
     ops.rms_norm(empty, torch.ones(40), 1e-5, empty)
     ops.layer_norm(empty, torch.ones(1, 40), None, 1e-5, empty)
     ops.add(empty, empty)
     ops.add_gated_rows(empty, empty, torch.empty(0))
     ops.clamp(empty, 1.0)
     ops.activate(empty, "relu", empty)
-    ops.gather_rows(empty, torch.empty(0, dtype=torch.int32), empty)
+    ops.gather_rows(rows, no_rows, empty)
+    ops.scatter_add_rows(empty, no_rows, torch.empty(0), rows)
+    return rows
+
+
+def test_no_rows_are_no_work(ops):
+    """Addresses of empty tensors are null, so that work would end the process."""
+    assert torch.equal(call_with_no_rows(ops), random_rows(3, 40))
+
+
+def test_no_rows_are_no_launch():
+    """A card refuses a launch without a block."""
+    launches: list = []
+    call_with_no_rows(MoeOps(emulated_launcher(), launches.append))
+    assert launches == []
