@@ -206,7 +206,7 @@ def load_part(plan: PlannedPart, options: LoadOptions, progress: Progress) -> Lo
 
 
 def _open_devices(
-    model_dir: str | os.PathLike[str], options: LoadOptions, machines: Machines | None = None
+    model_dir: str | os.PathLike[str], options: LoadOptions, machines: Machines | None
 ) -> None:
     """Initialize this machine's devices, so that the plan can measure their overhead.
 

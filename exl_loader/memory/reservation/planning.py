@@ -128,14 +128,8 @@ def planned(
     main_memory = in_main_memory[0] if in_main_memory else main_memory_budget(options)
     embedding_card = _embedding_card(options, devices)
     with ExitStack() as files:
-        loras = _open_loras(options, files)
-        costs = _open(model_dir, options.as_architecture, files, loras)
-        draft_costs = None
-        if options.model_draft:
-            # The option is about the model. A draft model of a known class runs as that class.
-            known = not has_unknown_class(options.model_draft)
-            draft_architecture = None if known else options.as_architecture
-            draft_costs = _open(options.model_draft, draft_architecture, files)
+        costs = _open(model_dir, options.as_architecture, files, _open_loras(options, files))
+        draft_costs = _open_draft(options, files)
         if connection is None:
             connection_bytes = 0
         elif connection_bytes is None:
@@ -291,6 +285,15 @@ def _open(
     """Read a folder's config and headers; the checkpoint is closed with `files`."""
     config = ModelConfig.from_dir(Path(model_dir), as_architecture)
     return LayerCosts(config, files.enter_context(Checkpoint.open(model_dir, config)), loras)
+
+
+def _open_draft(options: LoadOptions, files: ExitStack) -> LayerCosts | None:
+    """Read the draft model's config and headers; None without a draft model."""
+    if not options.model_draft:
+        return None
+    # The option is about the model. A draft model of a known class runs as that class.
+    known = not has_unknown_class(options.model_draft)
+    return _open(options.model_draft, None if known else options.as_architecture, files)
 
 
 def _open_loras(options: LoadOptions, files: ExitStack) -> Loras:

@@ -240,10 +240,10 @@ def test_only_cards_that_hold_layers_are_opened(
 ):
     monkeypatch.setitem(BACKENDS, "cuda", CudaBackend())
     options = LoadOptions(ctx_size=512, gpu_split="18,3")
-    open_devices(tiny_model_dir, options)
+    open_devices(tiny_model_dir, options, None)
     assert torch_with_cuda.open == {0}
     total = exl_loader.plan(tiny_model_dir, ctx_size=512, device="cuda:0").devices[0].total_bytes
-    open_devices(tiny_model_dir, replace(options, gpu_split=[(total - 1) / 2**30, 3]))
+    open_devices(tiny_model_dir, replace(options, gpu_split=[(total - 1) / 2**30, 3]), None)
     assert torch_with_cuda.open == {0, 1}
 
 
