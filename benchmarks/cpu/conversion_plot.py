@@ -27,8 +27,9 @@ class _Panel:
     def __init__(self, results: Sequence[Result]) -> None:
         bits = [one.bits for one in results]
         logs = [math.log10(one.divergence) for one in results]
-        self.bits = math.floor(min(bits)), math.ceil(max(bits))
-        self.logs = math.floor(min(logs)), math.ceil(max(logs))
+        # A size that was asked for is stored in slightly fewer bits.
+        self.bits = math.floor(min(bits) + 0.05), math.ceil(max(bits))
+        self.logs = math.floor(min(logs)), max(logs) + 0.1
 
     def point(self, bits: float, divergence: float) -> tuple[float, float]:
         across = (bits - self.bits[0]) / (self.bits[1] - self.bits[0])
@@ -40,7 +41,7 @@ class _Panel:
             x, y = self.point(bits, 10 ** self.logs[0])
             yield line(x, TOP, x, y, "grid")
             yield text(x, y + 18, f"{bits}", "middle", "small")
-        for power in range(self.logs[0], self.logs[1] + 1):
+        for power in range(self.logs[0], math.floor(self.logs[1]) + 1):
             x, y = self.point(self.bits[0], 10**power)
             yield line(x, y, LEFT + PANEL_WIDTH, y, "grid")
             yield text(x - 8, y + 4, f"{10**power:g}", "end", "small")
@@ -64,7 +65,6 @@ class _Panel:
             label_y = highest[column] = min(y + 4, highest.get(column, HEIGHT) - LINE_HEIGHT)
             yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{COLOURS["llama.cpp"]}"/>'
             yield text(x + 7, label_y, name, kind="small")
-
 
     def rings(self, results: Sequence[Result]) -> Iterator[str]:
         """Draw results without labels."""
