@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from functools import lru_cache
+from typing import Any
 
 import pytest
 
@@ -249,9 +251,16 @@ def test_progress_reports_a_prompt_once():
 
 
 def alone(prompt: list[int], options: dict) -> list[int]:
+    """Return the text of a request that has the cache to itself."""
+    return list(_alone(tuple(prompt), tuple(sorted(options.items()))))
+
+
+@lru_cache(maxsize=64)
+def _alone(prompt: tuple[int, ...], options: tuple[tuple[str, Any], ...]) -> list[int]:
+    """Generate once for tests with the same requests, such as those with and without a draft."""
     engine, model, _ = fake_engine(script, VOCAB, ctx_size=1024, pages=8, chunk_size=256)
     model.config.bos_token_id = 1
-    return list(engine.generate_ids(prompt, options))
+    return list(engine.generate_ids(list(prompt), dict(options)))
 
 
 def random_caller(rng: random.Random, bases: list[list[int]]) -> Caller:
