@@ -142,9 +142,10 @@ def check_arguments(
 def whole_suite() -> list[str]:
     """Return pytest's arguments for all tests: several cores, and a list of the slowest tests.
 
-    At most four cores, because kernels and builds under test use several threads themselves.
+    One process more than cores, because tests also wait: for browsers, for other machines, for
+    timers. At most four, because kernels and builds under test use several threads themselves.
     """
-    workers = str(min(4, os.cpu_count() or 1))
+    workers = str(min(4, (os.cpu_count() or 1) + 1))
     return ["-n", workers, "--dist", "worksteal", "--durations", "25", "--durations-min", "1"]
 
 
