@@ -40,7 +40,7 @@ from support.attention_cases import (
     shape_of,
 )
 from support.cache_layers import make_batch, part, random_rows
-from support.cuda_emulation.sanitized import run_sanitized, runtimes
+from support.cuda_emulation.sanitized import compiles_all, run_sanitized, runtimes
 from support.targets import TARGETS, emulated_launcher, target
 
 # Shared memory of a block: compute capability 7.5, 8.6, 8.0, 9.0.
@@ -215,6 +215,7 @@ def test_the_widest_heads_leave_counters_for_a_sequence():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not runtimes(), reason="needs gcc's sanitizers")
+@compiles_all
 @pytest.mark.parametrize(
     ("files", "chosen"),
     [([__file__], "not sanitizers and not gpu and not shuffled"),

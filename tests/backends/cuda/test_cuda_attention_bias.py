@@ -24,7 +24,7 @@ from support.attention_cases import (
     shape_of,
 )
 from support.cache_layers import make_batch
-from support.cuda_emulation.sanitized import run_sanitized, runtimes
+from support.cuda_emulation.sanitized import compiles_all, run_sanitized, runtimes
 from support.key_bias_cases import biased_qwen
 from support.targets import emulated_launcher
 
@@ -155,6 +155,7 @@ def test_each_of_two_cards_has_room_for_its_own_layers(tmp_path, monkeypatch):
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(not runtimes(), reason="needs gcc's sanitizers")
+@compiles_all
 def test_under_sanitizers():
     left_out = ("sanitizers", "gpu", "shuffled", "model", "native", "cpu")
     result = run_sanitized(

@@ -19,7 +19,7 @@ from exl_loader.backends.cuda.ops import CudaOps
 from exl_loader.backends.recorder import Recorder
 from support.cache_layers import make_batch, make_layer
 from support.cuda_emulation.mutation import assert_noticed, built_from
-from support.cuda_emulation.sanitized import run_sanitized, runtimes
+from support.cuda_emulation.sanitized import compiles_all, run_sanitized, runtimes
 from support.exhaustive import some_of
 from support.kernel_cases import random_rows
 from support.targets import TARGETS, Target, target
@@ -200,6 +200,7 @@ def test_a_mistake_in_a_kernel_is_noticed(tmp_path, change):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not runtimes(), reason="needs gcc's sanitizers")
+@compiles_all
 def test_under_sanitizers():
     files = (__file__, common.__file__, layer_norm.__file__, moe_route.__file__)
     result = run_sanitized(*files, "-k", "forward", "-m", "not slow and not gpu")

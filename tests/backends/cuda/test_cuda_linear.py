@@ -20,7 +20,7 @@ from exl_loader.backends.kernel_structs import GATES
 from exl_loader.backends.layouts import DenseLinear
 from support.cuda_emulation import EmulatedLauncher
 from support.cuda_emulation.launcher import FOLDER, REPO, emulation_spec, sanitized
-from support.cuda_emulation.sanitized import run_sanitized, runtimes
+from support.cuda_emulation.sanitized import compiles_all, run_sanitized, runtimes
 from support.kernel_cases import dense_linear, random_rows
 from support.linear_cases import (
     assert_exact,
@@ -276,6 +276,7 @@ SANITIZED = (
 
 @pytest.mark.slow
 @pytest.mark.skipif(sanitized() or not runtimes(), reason="needs gcc's sanitizers")
+@compiles_all
 def test_nothing_is_read_or_written_out_of_bounds():
     """The kernels under AddressSanitizer and UBSan, packing included."""
     chosen = "shuffled or splits or share or launch or chosen or columns"

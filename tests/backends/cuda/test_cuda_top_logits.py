@@ -20,7 +20,7 @@ from exl_loader.backends.top_logits import (
 )
 from exl_loader.model.top_logits_reader import read_result
 from support.cuda_emulation.mutation import assert_noticed, built_from
-from support.cuda_emulation.sanitized import run_sanitized, runtimes
+from support.cuda_emulation.sanitized import compiles_all, run_sanitized, runtimes
 from support.exhaustive import some_of
 from support.targets import TARGETS, Target, target
 
@@ -178,6 +178,7 @@ def test_a_mistake_in_a_kernel_is_noticed(tmp_path, change):
 @pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.skipif(not runtimes(), reason="needs gcc's sanitizers")
+@compiles_all
 def test_under_sanitizers():
     result = run_sanitized(__file__, "-k", "forward", "-m", "not slow and not gpu")
     assert result.returncode == 0, result.stdout[-4000:]

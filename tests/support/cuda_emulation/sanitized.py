@@ -8,6 +8,8 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+import pytest
+
 from exl_loader.backends.build.toolchain import find_compiler
 from support import exhaustive
 
@@ -17,6 +19,11 @@ RUNTIMES = ("libasan.so", "libubsan.so")
 
 # Of a process that a sanitizer ended; pytest has its own up to 5.
 EXIT_CODE = 99
+
+# For tests of all kernels: the first one compiles them, which takes a busy machine longer than the
+# ten minutes that a test usually has.
+_LIMIT_S = 1800
+compiles_all = pytest.mark.timeout(_LIMIT_S)
 
 # Of a test's cases the first runs, and one in so many of the others.
 ONE_IN = 12
@@ -59,7 +66,8 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
         "UBSAN_OPTIONS": f"{common}:print_stacktrace=1",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
+    command += ["-o", f"timeout={_LIMIT_S}", f"--one-in={one_in}"]
     return subprocess.run(
-        [*command, f"--one-in={one_in}", *arguments], cwd=REPO, env=environ, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [*command, *arguments], cwd=REPO, env=environ, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
