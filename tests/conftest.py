@@ -288,10 +288,12 @@ def compiler(request):
 @pytest.fixture(scope="module")
 def browser():
     """Headless Chromium."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
-    from support.webui_page import CHROMIUM, FLAGS
+    from support.webui_page import CHROMIUM, FLAGS, WAIT_MS
 
+    # Playwright's own 5 s are shorter than an answer of a busy machine.
+    expect.set_options(timeout=WAIT_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         yield browser

@@ -79,11 +79,9 @@ def test_the_shipped_model_loads_generates_follows_its_options_and_unloads(brows
         page.expect_options("4-bit cache")
         before = page.value("#exl_text textarea")
         page.page.locator("#exl_text textarea").fill("def add(a, b):\n")
-        page.click("#exl_write")
-        sync_api.expect(page.page.locator("#exl_stop")).to_be_enabled()
-        sync_api.expect(page.page.locator("#exl_write")).to_be_enabled(timeout=WAIT_MS)
+        write_on(page)
         written = page.value("#exl_text textarea")
-        assert written.startswith("def add(a, b):\n") and len(written) > 20 and written != before
+        assert written.startswith("def add(a, b):\n") and written != before
         page.click("#exl_undo")
         sync_api.expect(page.page.locator("#exl_text textarea")).to_have_value(
             "def add(a, b):\n")

@@ -50,7 +50,6 @@ class WebuiPage:
 
         self._server = server
         self.expect = expect
-        expect.set_options(timeout=WAIT_MS)
         self.page = browser.new_page(viewport={"width": 1400, "height": height})
         if late:
             self.page.add_init_script(LATE_ANSWERS)
