@@ -13,7 +13,7 @@ from .widgets import QUICK, button
 from .writing import OpenConversation, Shown
 
 # The element that scrolls, for scripts.
-_LOG = "#exl_chatbot [role=log]"
+LOG = "#exl_chatbot [role=log]"
 
 
 class ChatView:
@@ -26,7 +26,7 @@ class ChatView:
             placeholder="Ask the model something.", feedback_options=None, autoscroll=False)
         self.message = gr.Textbox(
             label="Message", show_label=False, lines=1, max_lines=8, elem_id="exl_message",
-            placeholder="Message: Enter sends, Shift+Enter starts a new line")
+            placeholder="Message (Shift+Enter: new line)")
         with gr.Row(elem_classes="exl-buttons"):
             self.send = button("Send", "exl_send", variant="primary")
             self.stop = button("Stop", "exl_stop_chat", interactive=False)
@@ -64,9 +64,9 @@ class ChatView:
             keep: `TextView._keep_typed`, which keeps what is typed.
         """
         sending = [self.send.click, self.message.submit]
-        self.chatbot.change(None, None, None, js=follow_log(_LOG), **QUICK)
+        self.chatbot.change(None, None, None, js=follow_log(LOG), **QUICK)
         gr.on([*sending, self.regenerate.click, self.go_on.click], None, None, None,
-              js=scroll_to_end(_LOG), **QUICK)
+              js=scroll_to_end(LOG), **QUICK)
         act(sending, OpenConversation.send, [self.message], keeps="draft",
             clears=self.message)
         act([self.regenerate.click], OpenConversation.regenerate)

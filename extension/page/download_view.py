@@ -31,6 +31,9 @@ STAGES = {
     COMPLETE: ("Complete", "exl-good"),
 }
 
+# A plan that cannot be carried out; an error below says why.
+NOT_READY = ("Not ready", "exl-bad")
+
 
 class DownloadView:
     """The components, made in the current block of Gradio, and their events."""
@@ -109,6 +112,8 @@ def plan_html(shown: ShownDownload) -> str:
     if shown.stage not in STAGES:
         return ""
     stage, kind = STAGES[shown.stage]
+    if shown.stage == PLANNED and not shown.may_start:
+        stage, kind = NOT_READY
     badge = f'<span class="exl-badge {kind}">{stage}</span>'
     parts = [f'<p class="exl-verdict" role="status">{badge} <b>{escape(shown.name)}</b></p>']
     model = shown.model

@@ -14,7 +14,7 @@ from .widgets import QUICK, button
 from .writing import OpenConversation, Shown
 
 # The field itself, for scripts.
-_FIELD = "#exl_text textarea"
+FIELD = "#exl_text textarea"
 
 # Texts that the included model can continue; it was trained on nothing but Python.
 STARTERS = {
@@ -70,6 +70,6 @@ class NotebookView:
         for starter, text in zip(self.starter_buttons, STARTERS.values(), strict=True):
             act([starter.click], OpenConversation.set_text, constants=[text])
         keep(self.text, "text")
-        self.text.change(None, None, None, js=follow_text(_FIELD), **QUICK)
-        gr.on([self.write.click, self.again.click], None, None, None, js=scroll_to_end(_FIELD),
+        self.text.change(None, None, None, js=follow_text(FIELD), **QUICK)
+        gr.on([self.write.click, self.again.click], None, None, None, js=scroll_to_end(FIELD),
               **QUICK)

@@ -61,25 +61,48 @@ PAGE_STYLE = """\
 :is(#exl_picker, #exl_model_dir) input { text-overflow: ellipsis; padding-right: 1.6rem; }
 #exl_line code { white-space: nowrap; }
 #exl_stats, #exl_line { color: var(--body-text-color-subdued); font-size: 0.92rem; }
+#exl_line .exl-opening { color: inherit; }
 #exl_line b { color: var(--body-text-color); }
 #exl_stats { font-variant-numeric: tabular-nums; min-height: 1.4em; }
-#exl_notice p { margin: 0; padding: 0.4em 0.8em; border-left: 3px solid var(--color-accent);
-  background: var(--background-fill-secondary); }
+:is(#exl_notice, #exl_unkept) p { margin: 0; padding: 0.4em 0.8em;
+  border-left: 3px solid var(--color-accent); background: var(--background-fill-secondary); }
 .exl-found p, .exl-found ul { margin: 0.3em 0; font-size: 0.9rem; overflow-wrap: anywhere; }
 .exl-found ul { padding-left: 1.2em; }
 .exl-bare, .exl-bare > div { padding: 0 !important; }
 .exl-field-row { align-items: end !important; }
 #exl_download table.exl-plan { width: 100%; margin: 0.3em 0 0; border-collapse: collapse;
-  overflow-wrap: normal; }
+  border: 0; overflow-wrap: normal; }
 #exl_download table.exl-plan tr { border: 0; }
-#exl_download table.exl-plan :is(th, td) { padding: 0.1em 0.8em 0.1em 0; text-align: left;
+#exl_download table.exl-plan :is(th, td) { padding: 0.15em 0.8em 0.15em 0; text-align: left;
   border: 0; font-weight: 400; background: none; font-variant-numeric: tabular-nums;
   white-space: nowrap; }
-#exl_download table.exl-plan thead th { color: var(--exl-soft); white-space: normal; }
+#exl_download table.exl-plan thead th { color: var(--exl-soft); white-space: normal;
+  vertical-align: bottom; }
 #exl_download ul { margin: 0.3em 0; padding-left: 1.2em; }
 #exl_gone { position: fixed; inset: auto 0 0 0; margin: 0; padding: 0.7em 1em; z-index: 1000;
   background: var(--color-accent); color: white; text-align: center; }
 footer { display: none !important; }
+/* The controls that the browser draws itself, such as scroll bars, follow the page's theme. */
+:root:has(body.dark), .dark { color-scheme: dark; }
+.dark [role=tab][aria-selected=true] { color: var(--primary-300) !important; }
+/* While the page opens the text has the room that it will take, so that nothing jumps. */
+:root:has(.exl-opening) #exl_tabs { min-height: calc(max(16rem, 100vh - 27rem) + 11.5rem); }
+/* Targets for fingers: 24 px and more. */
+button.label-wrap { padding-block: 0.6rem !important; margin-block: -0.6rem !important; }
+button.label-wrap.open { margin-bottom: 0 !important; }
+:is(#exl_chatbot, #exl_text) button.icon-button { min-width: 1.75rem; min-height: 1.75rem;
+  justify-content: center; }
+:is(#exl_picker, #exl_model_dir, #exl_cache_type) input { margin-block: 0 !important;
+  padding-block: 0.25rem; min-height: 1.5rem; }
+.tab-like-container > :is(input, button), label.checkbox-container { min-height: 1.5rem; }
+input[type=range] { height: 1.5rem; }
+input[type=range]::-webkit-slider-thumb { background-color: var(--slider-color) !important; }
+input[type=range]::-moz-range-thumb { background-color: var(--slider-color) !important; }
+.dark input[type=range] { --neutral-200: var(--neutral-600); }
+#exl_chatbot textarea { min-width: min(24rem, 60vw); min-height: 6rem; max-height: 50vh;
+  field-sizing: content; }
+/* New and Delete are beside the list. */
+#exl_chatbot button[aria-label=Clear] { display: none; }
 """
 
 HEADING = (
@@ -121,8 +144,12 @@ def _theme() -> gr.themes.Base:
         primary_hue="indigo", neutral_hue="zinc", radius_size="md",
         font=list(FONTS), font_mono=list(MONO_FONTS),
     )
-    # The theme's own grey for hints is hardly readable on white.
-    return theme.set(body_text_color_subdued="*neutral_500")
+    # The theme's own greys for hints and frames are hardly visible.
+    return theme.set(
+        body_text_color_subdued="*neutral_500",
+        input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400",
+        checkbox_border_color="*neutral_500", checkbox_border_color_dark="*neutral_400",
+    )
 
 
 def launch(

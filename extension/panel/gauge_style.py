@@ -119,9 +119,10 @@ _RULES = """\
 .exl-gauge .exl-choices > div > button:disabled { cursor: default; }
 .exl-gauge .exl-choices > div > button:disabled b { color: var(--exl-soft); }
 .exl-gauge details { margin-top: 0.5em; }
-.exl-gauge summary { cursor: pointer; color: var(--exl-soft); }
-.exl-gauge pre { white-space: pre-wrap; font-size: 0.85em; max-height: 22em; overflow: auto;
-  background: var(--exl-track); padding: 0.7em; border-radius: 8px; margin: 0.5em 0 0; }
+.exl-gauge summary { cursor: pointer; color: var(--exl-soft); padding-block: 0.15em; }
+.exl-gauge pre { white-space: pre; overflow-wrap: normal; font-size: 0.85em;
+  max-height: 22em; overflow: auto; background: var(--exl-track); padding: 0.7em;
+  border-radius: 8px; margin: 0.5em 0 0; }
 .exl-gauge .exl-task { margin-top: 0.7em; }
 @media (forced-colors: active) { .exl-gauge .exl-bar, .exl-gauge .exl-bar > i,
   .exl-gauge .exl-swatch { forced-color-adjust: none; } }

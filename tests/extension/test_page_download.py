@@ -180,6 +180,7 @@ def test_a_disk_without_room_is_said_with_the_plan(hub, tmp_path, monkeypatch):
     downloads.look_up(NAME, str(tmp_path))
     shown = wait(downloads, PLANNED)
     assert "the disk is too small" in shown.problem and not shown.may_start
+    assert "Not ready" in plan_html(shown) and ">Ready" not in plan_html(shown)
     downloads.start()
     assert downloads.shown().stage == PLANNED and list(tmp_path.iterdir()) == []
 
