@@ -153,32 +153,67 @@ def save_file(name: str) -> str:
 }}"""
 
 
-def follow_text(selector: str) -> str:
-    """Scroll a text field with what is written at its end: `() -> nothing`, after each change.
+# Follows the end of an element that scrolls. A hidden element has no height and keeps where it was
+# scrolled, so what was written meanwhile is followed when it is shown.
+_FOLLOWING = f"""
+const following = element => element.exlFollowing ??= (() => {{
+  // At first the end is shown, where the model writes.
+  let height = 0, follows = true;
+  const isShown = () => element.clientHeight > 0;
+  // The height of the text at the last look says whether the reader was at its end.
+  const look = () => {{
+    if (isShown()) follows = element.scrollTop + element.clientHeight >= height - {NEAR_PIXELS};
+  }};
+  const isTyping = () => document.activeElement === element && element.matches("textarea:enabled")
+    && !element.readOnly;
+  const goOn = () => {{
+    if (!isShown()) return;
+    if (follows && !isTyping()) element.scrollTop = element.scrollHeight;
+    height = element.scrollHeight;
+  }};
+  element.addEventListener("scroll", look);
+  new ResizeObserver(goOn).observe(element);
+  return {{look, goOn, restart() {{
+    follows = true;
+    element.scrollTop = height = element.scrollHeight;
+  }}}};
+}})();
+"""
 
-    A reader who has scrolled up stays where they are. Gradio's own `autoscroll` never scrolls a
-    field that was not long enough to scroll when the text began.
+
+# Gradio makes the elements of a tab after it has been opened.
+_FOUND = """
+const found = async selector => {
+  for (let frame = 0; frame < 600; frame++) {
+    const element = document.querySelector(selector);
+    if (element) return element;
+    await new Promise(requestAnimationFrame);
+  }
+};
+"""
+
+
+def follow_text(selector: str) -> str:
+    """Scroll a text field with what is written at its end: `() -> nothing`.
+
+    It is called after each change, and when the tab of the field is opened. A reader who has
+    scrolled up stays where they are. Gradio's own `autoscroll` never scrolls a field that was not
+    long enough to scroll when the text began.
 
     Args:
         selector: of the text field.
     """
-    return f"""() => {{
-  const area = document.querySelector({json.dumps(selector)});
+    return f"""async () => {{
+  {_FOLLOWING}{_FOUND}
+  const area = await found({json.dumps(selector)});
   if (!area) return;
-  // The height of the text at the last call says whether the reader was at its end. At first the
-  // end is shown, where the model writes.
-  const was = area.exlHeight ?? 0;
-  const follows = area.scrollTop + area.clientHeight >= was - {NEAR_PIXELS};
-  requestAnimationFrame(() => {{
-    const typing = document.activeElement === area && !area.disabled && !area.readOnly;
-    if (follows && !typing) area.scrollTop = area.scrollHeight;
-    area.exlHeight = area.scrollHeight;
-  }});
+  following(area).look();
+  requestAnimationFrame(following(area).goOn);
 }}"""
 
 
 def follow_log(selector: str) -> str:
-    """Scroll an element with what is written in it: `() -> nothing`, after each change.
+    """Scroll an element with what is written in it: `() -> nothing`, as `follow_text`.
 
     A reader who has scrolled up stays where they are. Gradio's own `autoscroll` scrolls 300 ms
     after it has looked where the reader is, so while text is written nobody can scroll up.
@@ -186,18 +221,13 @@ def follow_log(selector: str) -> str:
     Args:
         selector: of the element.
     """
-    return f"""() => {{
-  const log = document.querySelector({json.dumps(selector)});
-  if (!log || log.exlFollowed) return;
-  log.exlFollowed = true;
-  let height = 0;
-  const follow = () => {{
-    const follows = log.scrollTop + log.clientHeight >= height - {NEAR_PIXELS};
-    if (follows) log.scrollTop = log.scrollHeight;
-    height = log.scrollHeight;
-  }};
-  follow();
-  new MutationObserver(follow).observe(
+    return f"""async () => {{
+  {_FOLLOWING}{_FOUND}
+  const log = await found({json.dumps(selector)});
+  if (!log || log.exlObserved) return;
+  log.exlObserved = true;
+  const {{look, goOn}} = following(log);
+  new MutationObserver(() => {{ look(); goOn(); }}).observe(
     log, {{childList: true, subtree: true, characterData: true}});
 }}"""
 
@@ -205,8 +235,7 @@ def follow_log(selector: str) -> str:
 def scroll_to_end(selector: str) -> str:
     """Scroll an element to its end: `() -> nothing`, when the model begins to write there."""
     return f"""() => {{
+  {_FOLLOWING}
   const element = document.querySelector({json.dumps(selector)});
-  if (!element) return;
-  element.scrollTop = element.scrollHeight;
-  element.exlHeight = element.scrollHeight;
+  if (element) following(element).restart();
 }}"""

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from extension.page import browser_script
 from extension.panel import page_script
 from extension.panel.panel import CACHE_TYPE_ALIASES, plain_cache_type, toggles_for
 from support.quick_clicks import (
@@ -224,6 +225,63 @@ def test_a_drawing_takes_no_focus_that_is_elsewhere(kept):
     kept.evaluate("draw", drawn(["one"]).replace("<button>inside</button>", ""))
     kept.evaluate("draw", drawn())
     assert kept.evaluate("document.activeElement.tagName") == "BODY"
+
+
+FIELD = "<textarea id='it' style='height: 100px'></textarea>"
+LOG = "<div id='it' style='height: 100px; overflow: auto; white-space: pre'></div>"
+
+
+@pytest.mark.parametrize(("element", "follow"), [
+    (FIELD, browser_script.follow_text("#it")), (LOG, browser_script.follow_log("#it"))])
+def test_a_text_is_at_its_end_also_if_it_was_hidden_while_it_was_written(
+    browser, element, follow
+):
+    page = browser.new_page()
+    page.set_content(f"<div id='box' style='display: none'>{element}</div>")
+    page.evaluate("""() => {
+        const it = document.querySelector("#it"), box = document.querySelector("#box");
+        window.write = lines => { it["value" in it ? "value" : "textContent"] =
+          Array.from({length: lines}, (_, line) => `line ${line}`).join("\\n"); };
+        window.show = on => { box.style.display = on ? "" : "none"; };
+        window.scroll = top => { it.scrollTop = top; };
+        window.frames = async () => {
+          for (let i = 0; i < 3; i++) await new Promise(requestAnimationFrame); };
+        window.position = async () => { await window.frames();
+          return [it.scrollTop, it.scrollHeight - it.clientHeight - it.scrollTop]; }; }""")
+
+    def write(lines):
+        page.evaluate("lines => write(lines)", lines)
+        run(page, follow)
+        page.evaluate("frames()")
+
+    def position():
+        return page.evaluate("position()")
+
+    # As when Send is clicked before there is any text.
+    run(page, browser_script.scroll_to_end("#it"))
+    write(100)
+    page.evaluate("show(true)")
+    assert position()[0] > 0 and position()[1] == 0
+    write(110)
+    assert position()[1] == 0
+    page.evaluate("show(false)")
+    write(120)
+    write(130)
+    page.evaluate("show(true)")
+    assert position()[1] == 0
+    # A reader who has scrolled up stays there, whatever is written, hidden and shown.
+    page.evaluate("scroll(10)")
+    position()
+    write(140)
+    assert position()[0] == 10
+    page.evaluate("show(false)")
+    write(150)
+    page.evaluate("show(true)")
+    assert position()[0] in (0, 10)
+    run(page, browser_script.scroll_to_end("#it"))
+    write(160)
+    assert position()[1] == 0
+    page.close()
 
 
 @pytest.fixture(scope="module")
