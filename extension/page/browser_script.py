@@ -1,11 +1,10 @@
-"""JavaScript of the text side: who a tab is, what is typed, files of conversations, and scrolling.
+"""JavaScript of the text side: what is typed, files of conversations, and scrolling.
 
-A tab's conversation has a name in the tab's `sessionStorage`, which a reload keeps and another tab
-does not see. The browser has a name in `localStorage`, by which a new tab finds the conversations
-of closed ones. What is typed is in `sessionStorage` too, because a reload may end the request that
-brings it to the server; each text has the time at which it was typed, by which the server knows
-whether it has it already. Files are read and written by the browser itself, so the server accepts
-no uploads (`guard.py`) and keeps no copies of conversations in files.
+What is typed is in the tab's `sessionStorage`, because a reload may end the request that brings it
+to the server; each text has the time at which it was typed, by which the server knows whether it
+has it already. Files are read and written by the browser itself, so the server accepts no uploads
+(`guard.py`) and keeps no copies of conversations in files. `browser_storage.py` has the
+conversations that the browser keeps.
 
 Every function here returns the source of a JavaScript function for Gradio's `js=`.
 """
@@ -17,38 +16,13 @@ from collections.abc import Mapping
 
 from .guard import MAX_BODY_BYTES
 
-BROWSER, CONVERSATION = "exl_loader_browser", "exl_loader_conversation"
-TYPED = "exl_loader_typed"
+CONVERSATION, TYPED = "exl_loader_conversation", "exl_loader_typed"
 
 # A request has the text as JSON, in which a character may take twice its bytes.
 MAX_FILE_BYTES = MAX_BODY_BYTES // 4
 
 # A reader who is nearer to the end than this is following what is written.
 NEAR_PIXELS = 40
-
-
-def identify_tab() -> str:
-    """Name the tab: `() -> ["BROWSER/CONVERSATION", what was typed]`.
-
-    A browser without storage gets new names. What was typed is as `keep_typed` has stored it.
-    """
-    return f"""() => {{
-  const name = () => [...crypto.getRandomValues(new Uint8Array(16))]
-    .map(byte => byte.toString(16).padStart(2, "0")).join("");
-  const kept = (storage, key) => {{
-    try {{
-      const found = window[storage].getItem(key);
-      if (/^[0-9a-f]{{32}}$/.test(found ?? "")) return found;
-      const made = name();
-      window[storage].setItem(key, made);
-      return made;
-    }} catch {{ return name(); }}
-  }};
-  let typed = "";
-  try {{ typed = sessionStorage.getItem("{TYPED}") ?? ""; }} catch {{ }}
-  return [kept("localStorage", "{BROWSER}") + "/" + kept("sessionStorage", "{CONVERSATION}"),
-          typed];
-}}"""
 
 
 # Reads what is stored of the tab's conversation: field -> [time, text].

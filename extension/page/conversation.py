@@ -5,6 +5,8 @@ that conversations of other programs can be read:
 
     {"format": "exl_loader conversation", "messages": [{"role": "user", "content": "Hi"}, ...],
      "text": "...", "settings": {"temperature": 0.7, ...}}
+
+What a browser keeps of a conversation has the same fields, and `draft` and `before`.
 """
 
 from __future__ import annotations
@@ -73,8 +75,9 @@ class Conversation:
 
     @property
     def title(self) -> str:
-        """The beginning of the first question, or of the text; empty if there is neither."""
-        first = next((turn.content for turn in self.turns if turn.role == USER), self.text)
+        """The beginning of the first question, of the text, or of the draft; else empty."""
+        first = next((turn.content for turn in self.turns if turn.role == USER),
+                     self.text or self.draft)
         line = " ".join(first.split())
         return line if len(line) <= TITLE_CHARS else line[: TITLE_CHARS - 1].rstrip() + "…"
 
@@ -171,13 +174,13 @@ class Conversation:
 
     def to_json(self) -> str:
         """Write the conversation as a file; `from_json` reads it. Empty fields are left out."""
+        return json.dumps(self._file_values(), ensure_ascii=False, indent=2) + "\n"
+
+    def _file_values(self) -> dict[str, Any]:
         settings = {name: value for name, value in self.settings.items() if value is not None}
         system = [{"role": SYSTEM, "content": self.system}] if self.system else []
-        return json.dumps(
-            {"format": FORMAT, "messages": [*system, *self.messages()], "text": self.text,
-             "settings": settings},
-            ensure_ascii=False, indent=2,
-        ) + "\n"
+        return {"format": FORMAT, "messages": [*system, *self.messages()], "text": self.text,
+                "settings": settings}
 
     @classmethod
     def from_json(cls, data: str) -> Conversation:
@@ -193,8 +196,10 @@ class Conversation:
             values = parse_json(data)
         except InvalidJson as error:
             raise _refused("JSON", str(error)) from None
-        if isinstance(values, list):
-            values = {"messages": values}
+        return cls._from_values({"messages": values} if isinstance(values, list) else values)
+
+    @classmethod
+    def _from_values(cls, values: Any) -> Conversation:
         if not isinstance(values, dict) or not {"messages", "text"} & values.keys():
             raise _refused("an object with messages or text", shown(values))
         if values.get("format", FORMAT) != FORMAT:
@@ -208,6 +213,38 @@ class Conversation:
             raise _refused("a text", shown(text))
         return cls(system=system, turns=turns, text=text,
                    settings=_settings(values.get("settings", {})))
+
+    # What a browser keeps
+
+    def to_kept(self) -> dict[str, Any]:
+        """Return all fields as values of JSON; `from_kept` reads them."""
+        return self._file_values() | {"draft": self.draft, "before": self.before}
+
+    @classmethod
+    def from_kept(cls, values: Any) -> tuple[Conversation, bool]:
+        """Read what `to_kept` has returned, perhaps of another version of exl_loader.
+
+        Args:
+            values: untrusted values of JSON.
+
+        Returns:
+            The conversation, and whether its settings could be read. If not it has none.
+
+        Raises:
+            InvalidSettings: it is no conversation.
+        """
+        if not isinstance(values, dict):
+            raise _refused("an object", shown(values))
+        try:
+            found, has_settings = cls._from_values(values), True
+        except InvalidSettings:
+            found, has_settings = cls._from_values(values | {"settings": {}}), False
+        draft, before = values.get("draft", ""), values.get("before")
+        found.draft = draft if isinstance(draft, str) else ""
+        found.before = before if isinstance(before, str) else None
+        # The server may have ended before the first piece of an answer.
+        found.drop_empty_answer()
+        return found, has_settings
 
 
 def _check_message(content: str) -> None:

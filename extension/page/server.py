@@ -99,7 +99,7 @@ input[type=range] { height: 1.5rem; }
 input[type=range]::-webkit-slider-thumb { background-color: var(--slider-color) !important; }
 input[type=range]::-moz-range-thumb { background-color: var(--slider-color) !important; }
 .dark input[type=range] { --neutral-200: var(--neutral-600); }
-#exl_chatbot textarea { min-width: min(24rem, 60vw); min-height: 6rem; max-height: 50vh;
+#exl_chatbot textarea { min-width: min(24rem, 60vw); min-height: 6rem !important; max-height: 50vh;
   field-sizing: content; }
 /* New and Delete are beside the list. */
 #exl_chatbot button[aria-label=Clear] { display: none; }

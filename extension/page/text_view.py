@@ -2,7 +2,8 @@
 
 The server holds all of it (`writing.py`). A tab names its conversation and what it has seen of it,
 and asks for what is new (`watch.py`). So a tab that is reloaded shows the same as before, and
-whatever another tab loads or unloads.
+whatever another tab loads or unloads. The browser keeps it too, for another server
+(`browser_storage.py`).
 """
 
 from __future__ import annotations
@@ -24,22 +25,39 @@ from ..panel.panel import ModelChoice
 from .browser_script import (
     MAX_FILE_BYTES,
     choose_file,
+    follow_log,
+    follow_text,
     forget_sent,
-    identify_tab,
     keep_typed,
     remember_tab,
     save_file,
     with_times,
 )
-from .chat_view import ChatView
+from .browser_storage import (
+    UNREAD,
+    delete_kept,
+    keep_record,
+    list_kept,
+    open_chosen,
+    open_tab,
+)
+from .chat_view import LOG, ChatView
 from .conversation import Conversation
 from .model_folders import folder_bytes
-from .notebook_view import NotebookView
+from .notebook_view import FIELD, NotebookView
 from .session import Session
 from .settings_view import FIRST_SETTINGS, SettingsView, read_fields, write_fields
 from .watch import Watch, connect_drawing
 from .widgets import QUICK, button, hidden_field, html_block, if_any
-from .writing import Conversations, OpenConversation, Shown, new_key
+from .writing import (
+    KEPT,
+    NOT_DELETED,
+    Conversations,
+    KeptTitle,
+    OpenConversation,
+    Shown,
+    new_key,
+)
 
 SAVED_NAME = "conversation.json"
 
@@ -59,7 +77,7 @@ class TextView:
         self._conversations = Conversations(
             session, Conversation(text=text, settings=dict(FIRST_SETTINGS)))
         self._greeted = False
-        self.line = html_block("exl_line", "Opening …")
+        self.line = html_block("exl_line", '<span class="exl-opening">Opening …</span>')
         with gr.Row(elem_classes="exl-buttons", elem_id="exl_conversations"):
             self.picker = gr.Dropdown(
                 [], label="Conversation", show_label=False, container=False, filterable=False,
@@ -67,7 +85,9 @@ class TextView:
             self.new = button("New", "exl_new")
             self.save = button("Save", "exl_save")
             self.open = button("Open", "exl_open")
-        with gr.Tabs() as self.tabs:
+            self.delete = button("Delete", "exl_delete")
+        self.unkept = html_block("exl_unkept")
+        with gr.Tabs(elem_id="exl_tabs") as self.tabs:
             with gr.Tab("Chat", id="chat", visible=False) as self.chat_tab:
                 self.chat = ChatView()
             with gr.Tab("Notebook", id="text") as self.text_tab:
@@ -77,13 +97,17 @@ class TextView:
         self.stats = html_block("exl_stats")
         self.chat.make_system()
         self.settings = SettingsView()
-        # `BROWSER/CONVERSATION`, what the tab shows of it and of the model, and a file's text.
+        # `BROWSER/CONVERSATION`, what the tab shows of it and of the model, a file's text, and
+        # what the browser has to keep.
         self.tab = hidden_field("exl_tab")
         self.seen = hidden_field("exl_seen")
         self.seen_model = hidden_field("exl_seen_by_text")
         self.file = hidden_field("exl_file")
-        # What `keep_typed` has stored, and `with_times`.
+        self.record = hidden_field("exl_record")
+        # What `open_tab` has found, and `with_times`.
         self.typed = hidden_field("exl_typed")
+        self.kept = hidden_field("exl_kept")
+        self.others = hidden_field("exl_others")
         self.times = hidden_field("exl_times")
         self.changed = watch.add("text", self._version, self._is_busy)
 
@@ -91,7 +115,7 @@ class TextView:
         """Wire the components."""
         chat, notebook = self.chat, self.notebook
         self._written = [
-            self.seen, self.stats, self.notice, self.problem,
+            self.seen, self.record, self.stats, self.notice, self.problem,
             chat.chatbot, chat.send, chat.stop, chat.regenerate, chat.go_on,
             notebook.text, notebook.write, notebook.stop, notebook.again, notebook.undo,
         ]
@@ -99,17 +123,21 @@ class TextView:
                  self.line, self.seen_model]
         everything = [*drawn, self.tab, self.picker, chat.message, chat.system,
                       *self.settings.fields]
-        page.load(self._open, [self.tab, self.typed], everything, js=identify_tab(), **QUICK)
+        opening = [self.typed, self.kept, self.others]
+        page.load(self._open, [self.tab, *opening], everything, js=open_tab(), **QUICK)
         page.load(None, None, None, js=keep_typed(TYPED_FIELDS), **QUICK)
         connect_drawing(self.changed, self._draw_changes, [self.tab, self.seen, self.seen_model],
                         drawn, **QUICK)
         self._watch.connect(page, self.tab)
         self.tab.change(None, self.tab, None, js=remember_tab(), **QUICK)
         # Gradio would check the choice against the list that the page began with.
-        self.picker.input(self._open, self.picker, everything, preprocess=False, **QUICK)
-        self.picker.focus(self._listed, self.tab, self.picker, **QUICK)
-        # The chat's own button to clear it: the conversation stays in the list.
-        gr.on([self.new.click, chat.chatbot.clear], self._new, self.tab, everything, **QUICK)
+        self.picker.input(self._open, [self.picker, *opening], everything, js=open_chosen(),
+                          preprocess=False, **QUICK)
+        self.picker.focus(self._list, [self.tab, self.others], self.picker, js=list_kept(),
+                          **QUICK)
+        self.record.change(None, self.record, self.unkept, js=keep_record(), **QUICK)
+        self.delete.click(self._delete, self.tab, everything, js=delete_kept(), **QUICK)
+        self.new.click(self._new, self.tab, everything, **QUICK)
         saved = self.save.click(self._save, self.tab, self.file, **QUICK)
         saved.then(None, self.file, None, js=save_file(SAVED_NAME), **QUICK)
         # A browser that does not report a cancelled choice would leave a single event open.
@@ -119,6 +147,8 @@ class TextView:
             component.change(
                 lambda tab, *values: self._keep(tab, settings=read_fields(values)),
                 [self.tab, *self.settings.fields], None, trigger_mode="always_last", **QUICK)
+        self.text_tab.select(None, None, None, js=follow_text(FIELD), **QUICK)
+        self.chat_tab.select(None, None, None, js=follow_log(LOG), **QUICK)
         chat.connect(self._act, self._keep_typed)
         chat.chatbot.edit(self._edit, self._inputs(), [*self._written, self.picker], **QUICK)
         notebook.connect(self._act, self._keep_typed)
@@ -174,7 +204,7 @@ class TextView:
     def _after(self, tab: str, opened: OpenConversation, text_version: int) -> Updates:
         """Draw a conversation after an action that began with this version of its text."""
         shown = opened.shown()
-        return {**self._draw(tab, shown, shown.text_version != text_version),
+        return {**self._draw(tab, opened, shown, shown.text_version != text_version),
                 self.picker: self._listed(tab)}
 
     def _keep_typed(self, component: Any, name: str) -> None:
@@ -185,35 +215,65 @@ class TextView:
             trigger_mode="always_last", **QUICK)
 
     def _keep(self, tab: str, times: dict[str, float] | None = None, **values: Any) -> None:
-        # Fields change while the page opens, before the tab has a name.
-        if tab:
-            self._conversations.get(tab).keep(times, **values)
+        # Fields change while the page opens, before the tab has a name. A server that does not
+        # know the conversation has the tab reload.
+        opened = self._conversations.find(tab) if tab else None
+        if opened is not None:
+            opened.keep(times, **values)
 
     # Conversations
 
-    def _open(self, tab: str, typed: str = "") -> Updates:
+    def _open(self, tab: str, typed: str = "", kept: str = "", others: str = "") -> Updates:
         """Show a conversation in a tab.
 
         Args:
             tab: its name.
-            typed: what the tab has stored; see `keep_typed`.
+            typed, kept, others: see `open_tab`.
         """
-        opened = self._conversations.get(tab)
+        found = _object(others)
+        self._conversations.note_kept(tab, KeptTitle.read(found.get("listed")))
+        unread = found.get("unread")
+        try:
+            if unread and self._conversations.find(tab) is None:
+                raise InvalidSettings(KEPT, actual=UNREAD.get(str(unread), UNREAD["failed"]),
+                                      remedy=NOT_DELETED)
+            opened = self._conversations.open(tab, kept, found.get("before"))
+        except InvalidSettings as error:
+            # Another name, so that nothing is written over what is kept.
+            tab = f"{tab.partition('/')[0]}/{new_key()}"
+            opened = self._conversations.open(tab)
+            opened.say(error)
         opened.restore(_typed(tab, typed))
         self._greet(opened)
-        return self._everything(tab, opened.shown())
+        updates = self._everything(tab, opened)
+        if others and not (unread or found.get("isOff")):
+            updates[self.record] = "\n".join(
+                [updates[self.record], *self._conversations.unkept(tab)])
+        return updates
 
-    def _everything(self, tab: str, shown: Shown) -> Updates:
+    def _everything(self, tab: str, opened: OpenConversation) -> Updates:
+        shown = opened.shown()
         conversation = shown.conversation
         fields = zip(self.settings.fields, write_fields(conversation.settings), strict=True)
         return {
-            **self._draw(tab, shown, True), **self._draw_model(shown, not shown.in_text),
+            **self._draw(tab, opened, shown, True), **self._draw_model(shown, not shown.in_text),
             self.tab: tab, self.picker: self._listed(tab), self.chat.message: conversation.draft,
             self.chat.system: conversation.system, **dict(fields),
         }
 
     def _new(self, tab: str) -> Updates:
         return self._open(f"{tab.partition('/')[0]}/{new_key()}")
+
+    def _delete(self, tab: str) -> Updates:
+        """Delete a tab's conversation, and show a new one. Without a tab it was not confirmed."""
+        if not tab:
+            return {self.seen: gr.skip()}
+        self._conversations.delete(tab)
+        return self._new(tab)
+
+    def _list(self, tab: str, others: str) -> Any:
+        self._conversations.note_kept(tab, KeptTitle.read(_object(others).get("listed")))
+        return self._listed(tab)
 
     def _listed(self, tab: str) -> Any:
         return gr.update(choices=self._conversations.listed(tab), value=tab)
@@ -227,15 +287,15 @@ class TextView:
             return {self.seen: gr.skip()}
         opened = self._conversations.get(tab)
         if not opened.attempt(_replace, file):
-            return self._draw(tab, opened.shown(), False)
-        return self._everything(tab, opened.shown())
+            return self._draw(tab, opened, opened.shown(), False)
+        return self._everything(tab, opened)
 
     # Drawing
 
     def _version(self, tab: str) -> str:
         opened = self._conversations.get(tab)
         # Two conversations of a tab may have the same number.
-        return f"{tab} {opened.version} {self._session.version}"
+        return f"{tab} {opened.version} {opened.record_version} {self._session.version}"
 
     def _is_busy(self, tab: str) -> bool:
         return self._conversations.get(tab).is_writing
@@ -253,14 +313,22 @@ class TextView:
         shown = opened.shown()
         if is_new:
             updates |= self._draw_model(shown, True)
-        if updates or seen != _state(tab, shown):
-            updates |= self._draw(tab, shown, text_version != str(shown.text_version))
+        state = _state(tab, shown)
+        if updates or seen.split(" ")[1:] != state.split(" ")[1:]:
+            updates |= self._draw(tab, opened, shown, text_version != str(shown.text_version))
+        elif seen != state:
+            updates = self._keep_again(tab, opened, shown)
         return updates or {self.seen: gr.skip()}
 
-    def _draw(self, tab: str, shown: Shown, with_text: bool) -> Updates:
+    def _keep_again(self, tab: str, opened: OpenConversation, shown: Shown) -> Updates:
+        """Have the browser keep the conversation, without drawing it."""
+        return {self.seen: _state(tab, shown),
+                self.record: opened.record(tab.partition("/")[2])}
+
+    def _draw(self, tab: str, opened: OpenConversation, shown: Shown, with_text: bool) -> Updates:
         notice = f'<p role="status">{escape(shown.notice)}</p>' if shown.notice else ""
         return {
-            self.seen: _state(tab, shown),
+            **self._keep_again(tab, opened, shown),
             self.stats: if_any(escape(shown.stats)), self.notice: if_any(notice),
             self.problem: if_any(shown.problem),
             **self.chat.draw(shown), **self.notebook.draw(shown, with_text),
@@ -314,7 +382,16 @@ def _is_demo(options: ModelChoice | None) -> bool:
 
 
 def _state(tab: str, shown: Shown) -> str:
-    return f"{tab} {shown.version} {shown.text_version}"
+    return f"{shown.record_version} {tab} {shown.version} {shown.text_version}"
+
+
+def _object(stored: str) -> dict[str, Any]:
+    """Read JSON of the page's script; anything but an object is an empty one."""
+    try:
+        found = parse_json(stored or "{}")
+    except InvalidJson:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _times(stored: str) -> dict[str, float]:

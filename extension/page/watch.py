@@ -25,6 +25,8 @@ from .widgets import QUICK, hidden_field
 BUSY_MS, IDLE_MS = 100, 1000
 # A drawing that has not arrived after this time counts as lost.
 LOST_DRAWING_MS = 30_000
+# A page without a conversation after this time says so.
+UNOPENED_MS = 60_000
 # After so many questions without an answer the tab says that the server is gone.
 LOST_AFTER = 3
 
@@ -33,6 +35,7 @@ PATH = "exl_loader/versions"
 # The name of a tab is 65 characters.
 MAX_TAB_BYTES = 200
 
+UNOPENED = "This page has not opened. Reload it; its conversations are kept."
 GONE = "exl_loader does not answer. Start it again, and this page goes on."
 
 
@@ -114,7 +117,8 @@ def ask_for_versions(tab_id: str) -> str:
     """Ask for versions as long as the tab is open: `() -> nothing`.
 
     A field `#exl_watch_NAME` changes when the version of NAME has, unless its last drawing is
-    under way. When the server was gone and is there again, the page reloads.
+    under way. When the server was gone and is there again, or does not know the tab's conversation
+    any more, the page reloads.
 
     Args:
         tab_id: of the hidden field with the tab's name.
@@ -123,7 +127,7 @@ def ask_for_versions(tab_id: str) -> str:
   if (window.exlDrawing) return;
   const drawing = window.exlDrawing = new Map(), drawn = {{}};
   const fieldOf = id => document.querySelector(`#${{id}} textarea, #${{id}} input`);
-  let lost = 0, timer = null, asking = false, line = null;
+  let lost = 0, unknown = 0, timer = null, asking = false, line = null;
   const say = text => {{
     line ??= document.body.appendChild(Object.assign(
       document.createElement("p"), {{id: "exl_gone", role: "alert"}}));
@@ -138,14 +142,24 @@ def ask_for_versions(tab_id: str) -> str:
     field.value = `${{version}} ${{Date.now()}}`;
     field.dispatchEvent(new Event("input", {{bubbles: true}}));
   }};
+  const began = Date.now();
   const ask = async () => {{
     const tab = fieldOf({json.dumps(tab_id)})?.value;
     let pause = {BUSY_MS};
     try {{
+      if (!tab && Date.now() - began > {UNOPENED_MS}) say({json.dumps(UNOPENED)});
       if (tab) {{
         const answer = await fetch("{PATH}", {{method: "POST", body: tab, cache: "no-store"}});
-        if (lost >= {LOST_AFTER}) {{ location.reload(); return; }}
+        // A tab whose conversation has just been deleted gets another name.
+        unknown = answer.status === 400 ? unknown + 1 : 0;
+        if (lost >= {LOST_AFTER} || unknown > 1) {{
+          location.reload();
+          return new Promise(() => {{ }});
+        }}
         lost = 0;
+        line?.remove();
+        line = null;
+        if (unknown) pause = {IDLE_MS};
         const {{versions, busy}} = answer.ok ? await answer.json() : {{versions: {{}}}};
         for (const [name, version] of Object.entries(versions)) draw(name, version);
         if (!busy) pause = {IDLE_MS};

@@ -206,6 +206,32 @@ def test_the_notebook_scrolls_with_what_is_written_but_not_under_a_reader(browse
         expect(page.page.locator(TEXT)).to_have_value("one two three\n" * 60, timeout=WAIT_MS)
 
 
+def test_a_text_that_was_written_while_it_was_hidden_is_shown_at_its_end(browser, address):
+    with Page(browser, address, height=900) as page:
+        set_length(page, 4000)
+        page.page.get_by_role("tab", name="Notebook").click()
+        page.page.locator(TEXT).fill("one two three\n" * 10)
+        page.click("#exl_write")
+        expect_writing(page, "#exl_stop")
+        page.page.get_by_role("tab", name="Chat").click()
+        page.page.wait_for_function(
+            "([css, than]) => document.querySelector(css).value.length > than", arg=[TEXT, 2500])
+        page.page.get_by_role("tab", name="Notebook").click()
+        expect_at_end(page, TEXT)
+        page.click("#exl_stop")
+        expect_idle(page, "#exl_stop")
+        # The page opens with the chat, where the text is set before anybody sees it.
+        page.page.get_by_role("tab", name="Chat").click()
+        set_length(page, 5)
+        say(page, "\n\n".join("one two three" for _ in range(30)))
+        expect(answers(page)).to_have_count(1, timeout=WAIT_MS)
+        page.reload()
+        expect(questions(page)).to_have_count(1, timeout=WAIT_MS)
+        expect_at_end(page, LOG)
+        page.page.get_by_role("tab", name="Notebook").click()
+        expect_at_end(page, TEXT)
+
+
 def test_a_reload_loses_nothing_and_goes_on_with_the_text(context, address):
     with Page(context, address) as page:
         page.click("#exl_system_fold > button")
@@ -376,3 +402,35 @@ def test_the_text_comes_before_the_options(browser, address, width, theme):
             assert button.evaluate("e => e.scrollWidth <= e.clientWidth"), name
         page.expect_text("#exl_ctx_size", "Context length")
         page.expect_text("#exl_ctx_size", "ctx_size")
+
+
+# What a finger cannot hit: less than 24 pixels high or wide with its label. Gradio measures its
+# tabs by copies that nobody sees.
+SMALL = """() => [...document.querySelectorAll("button, input, textarea, summary")].filter(each => {
+  const target = each.closest("label.checkbox-container") ?? each;
+  const {width, height} = target.getBoundingClientRect();
+  return height > 1 && width > 1 && Math.min(width, height) < 23.5;
+}).map(each => `${each.getAttribute("aria-label") ?? each.innerText} in ` +
+  each.closest("[id^=exl_]")?.id)"""
+
+
+def test_what_is_clicked_is_large_enough_and_no_text_is_cut_on_a_narrow_screen(browser, address):
+    with Page(browser, address, width=400, height=800) as page:
+        message = page.page.locator("#exl_message textarea")
+        # A hint of two lines in a field of one would be cut.
+        hint = message.get_attribute("placeholder")
+        assert message.evaluate("""field => {
+            const style = getComputedStyle(field), pen = new OffscreenCanvas(1, 1).getContext("2d");
+            pen.font = style.font;
+            return pen.measureText(field.placeholder).width
+              <= field.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+            }"""), hint
+        set_length(page, 5)
+        say(page, "Hello")
+        expect(answers(page)).to_have_count(1, timeout=WAIT_MS)
+        expect_idle(page)
+        assert page.page.evaluate(SMALL) == []
+        page.page.get_by_role("button", name="Edit").first.click()
+        field = page.page.locator("#exl_chatbot textarea").bounding_box()
+        assert field["height"] >= 90 and field["width"] >= 200
+        assert page.page.evaluate("document.documentElement.scrollWidth") <= 400

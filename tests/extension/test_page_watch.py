@@ -71,11 +71,14 @@ def test_the_versions_are_answered_for_a_tab_and_nothing_else():
         watch.add("model", lambda tab: "3", lambda tab: tab.startswith("0"))
     client = TestClient(Starlette(routes=[watch.route()]))
     tab = f"0{new_key()[1:]}/{new_key()}"
+    for each in (tab, "1" + tab[1:]):
+        assert client.post("/exl_loader/versions", content=each).status_code == 400
+        conversations.open(each)
     answer = client.post("/exl_loader/versions", content=tab)
     assert answer.json() == {"versions": {"text": "0", "model": "3"}, "busy": True}
     assert client.post("/exl_loader/versions", content="1" + tab[1:]).json()["busy"] is False
     assert client.get("/exl_loader/versions").status_code == 405
-    for body in (b"", b"nobody", b"\xff", tab.encode() + b"/x"):
+    for body in (b"", b"nobody", b"\xff", tab.encode() + b"/x", b"2" + tab[1:].encode()):
         assert client.post("/exl_loader/versions", content=body).status_code == 400
     too_long = b"a" * (MAX_TAB_BYTES + 1)
     assert client.post("/exl_loader/versions", content=too_long).status_code == 413

@@ -2,15 +2,23 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
 import exl_loader
 from exl_loader import InvalidSettings, SamplingSettings
 from exl_loader.commands.model_options import DEMO_MODEL
-from extension.page.conversation import Conversation
+from extension.page.conversation import Conversation, Turn
 from extension.page.session import ContinuedAnswer, Session
-from extension.page.writing import MAX_CONVERSATIONS, Conversations, OpenConversation, new_key
+from extension.page.writing import (
+    MAX_CONVERSATIONS,
+    PAUSE_S,
+    Conversations,
+    KeptTitle,
+    OpenConversation,
+    new_key,
+)
 from extension.panel.panel import ModelChoice
 
 TEMPLATE = (
@@ -203,11 +211,11 @@ def test_a_tab_finds_its_conversation_again_and_others_do_not():
     conversations = Conversations(Session(), Conversation(text="first"))
     browser, other = new_key(), new_key()
     first, second = tab(browser), tab(browser)
-    conversations.get(first).keep(text="mine", settings={"seed": 1})
+    conversations.open(first).keep(text="mine", settings={"seed": 1})
     assert conversations.get(first).shown().conversation.text == "mine"
-    fresh = conversations.get(second).shown().conversation
+    fresh = conversations.open(second).shown().conversation
     assert (fresh.text, fresh.settings) == ("", {"seed": 1})
-    assert conversations.get(tab(other)).shown().conversation.text == "first"
+    assert conversations.open(tab(other)).shown().conversation.text == "first"
     assert conversations.listed(first) == [("mine", first)]
     assert conversations.listed(second) == [("New conversation", second), ("mine", first)]
 
@@ -217,7 +225,7 @@ def test_the_oldest_conversations_go_when_there_are_too_many():
     browser = new_key()
     tabs = [tab(browser) for _ in range(MAX_CONVERSATIONS + 2)]
     for index, name in enumerate(tabs):
-        conversations.get(name).keep(text=str(index))
+        conversations.open(name).keep(text=str(index))
     assert len(conversations.listed(tabs[-1])) == MAX_CONVERSATIONS
     assert ("0", tabs[0]) not in conversations.listed(tabs[-1])
 
@@ -225,4 +233,154 @@ def test_the_oldest_conversations_go_when_there_are_too_many():
 @pytest.mark.parametrize("name", ["", "/", "a/b", "../" + "0" * 32, "0" * 65, f"{'0' * 32}/x"])
 def test_a_tab_without_a_name_is_refused(name):
     with pytest.raises(InvalidSettings, match="Reload the page"):
-        Conversations(Session(), Conversation()).get(name)
+        Conversations(Session(), Conversation()).open(name)
+
+
+def split(record):
+    head, text = record.split("\n")
+    return json.loads(head), text
+
+
+def test_a_kept_conversation_opens_in_another_server_as_it_was(session):
+    conversation = opened(session, SHORT, system="Be brief.")
+    conversation.send("ab")
+    finish(conversation)
+    conversation.write("cd")
+    finish(conversation)
+    conversation.keep(draft="typed")
+    before = conversation.shown()
+    browser, key = new_key(), new_key()
+    head, text = split(conversation.record(key))
+    assert head == [key, conversation.changed, "ab", False, False]
+
+    conversations = Conversations(Session(), Conversation(text="first", settings={"seed": 7}))
+    again = conversations.open(f"{browser}/{key}", text)
+    shown = again.shown()
+    assert shown.conversation.settings == {"seed": 7} | SHORT
+    assert replace(shown.conversation, settings=before.conversation.settings) == (
+        before.conversation)
+    assert shown.conversation.before == "cd" and shown.in_text and shown.notice == ""
+    assert split(again.record(key))[0] == head
+    # The server's own is newer than what a late tab brings.
+    again.keep(draft="newer")
+    assert conversations.open(f"{browser}/{key}", text).shown().conversation.draft == "newer"
+    assert again.changed > head[1]
+
+
+def test_a_text_that_was_being_written_says_so_and_goes_on(session):
+    conversation = opened(session, LONG)
+    conversation.send("ab")
+    wait_for_text(conversation)
+    head, text = split(conversation.record(new_key()))
+    assert head[4] is True
+    conversation.stop()
+    finish(conversation)
+    again = Conversations(session, Conversation()).open(tab(new_key()), text)
+    shown = again.shown()
+    assert "ended while this was written" in shown.notice and not shown.writing
+    written = shown.conversation.turns[1].content
+    assert written == json.loads(text)["messages"][1]["content"] != ""
+    assert again.attempt(OpenConversation.continue_answer)
+    again.stop()
+    shown = finish(again)
+    assert shown.conversation.turns[1].content.startswith(written) and shown.notice == ""
+
+
+@pytest.mark.parametrize("kept", [
+    "{", "[]", "3", "{}", '{"changed": 1}', '{"changed": true, "messages": []}',
+    '{"changed": 1, "messages": [{"role": "robot", "content": ""}]}',
+    '{"changed": 1, "format": "exl_loader conversation 2", "messages": []}',
+])
+def test_a_record_of_another_version_is_refused_with_its_reason(kept):
+    conversations = Conversations(Session(), Conversation())
+    name = tab(new_key())
+    with pytest.raises(InvalidSettings, match="The browser keeps it as it is"):
+        conversations.open(name, kept)
+    assert conversations.find(name) is None
+
+
+def test_a_record_with_unknown_settings_opens_with_those_of_a_new_conversation():
+    conversations = Conversations(Session(), Conversation(settings={"seed": 7}))
+    kept = {"changed": 1, "messages": [{"role": "user", "content": "ab"},
+                                       {"role": "assistant", "content": ""}],
+            "settings": {"warmth": 3}, "draft": 3, "before": [], "more": {}}
+    shown = conversations.open(tab(new_key()), json.dumps(kept)).shown()
+    assert shown.conversation == Conversation(turns=[Turn("user", "ab")], settings={"seed": 7})
+    assert "settings of this conversation could not be read" in shown.notice
+
+
+def test_a_deleted_conversation_ends_and_does_not_come_back(session):
+    conversations = Conversations(session, Conversation(settings=dict(LONG)))
+    browser = new_key()
+    first, second = tab(browser), tab(browser)
+    conversation = conversations.open(first)
+    conversation.send("ab")
+    wait_for_text(conversation)
+    conversations.open(second)
+    _, late = split(conversation.record(first.partition("/")[2]))
+    conversations.delete(first)
+    assert "stopped" in finish(conversation).stats
+    assert conversations.find(first) is None
+    with pytest.raises(InvalidSettings, match="Reload the page"):
+        conversations.get(first)
+    assert conversations.listed(second) == [("New conversation", second)]
+    # What another tab has read from its browser's storage before.
+    conversations.note_kept(second, KeptTitle.read([[first.partition("/")[2], "ab", 5]]))
+    assert conversations.listed(second) == [("New conversation", second)]
+    assert conversations.open(first, late).shown().conversation.turns == []
+
+
+def test_what_the_browser_keeps_is_listed_and_its_newest_settings_are_taken():
+    conversations = Conversations(Session(), Conversation(text="first", settings={"seed": 7}))
+    browser, key = new_key(), new_key()
+    own = tab(browser)
+    conversations.note_kept(own, KeptTitle.read([
+        [key, "kept", 5], [new_key(), "", 6], ["../x", "a", 1], [key, "a"], 3, [key, 3, 1]]))
+    before = {"settings": {"temperature": 0.5}, "messages": [{"role": "system", "content": "S"}]}
+    shown = conversations.open(own, "", before).shown().conversation
+    assert (shown.text, shown.system) == ("first", "S")
+    assert shown.settings == {"seed": 7, "temperature": 0.5}
+    assert conversations.listed(own) == [("first", own), ("kept", f"{browser}/{key}")]
+    assert KeptTitle.read({"a": 1}) == []
+    for bad in ("x", {"messages": 3}, {}):
+        name = tab(new_key())
+        assert conversations.open(name, "", bad).shown().conversation.settings == {"seed": 7}
+
+
+def test_what_changed_after_its_tab_was_closed_is_kept_by_the_next_tab():
+    conversations = Conversations(Session(), Conversation())
+    browser = new_key()
+    closed, unchanged, own = tab(browser), tab(browser), tab(browser)
+    for name in (closed, unchanged, own, tab(new_key())):
+        conversations.open(name).keep(text=name)
+    stamps = {name: conversations.get(name).changed for name in (closed, unchanged)}
+    conversations.note_kept(own, [KeptTitle(closed.partition("/")[2], "", stamps[closed] - 1),
+                                  KeptTitle(unchanged.partition("/")[2], "", stamps[unchanged])])
+    (record,) = conversations.unkept(own)
+    head, text = split(record)
+    assert head[0] == closed.partition("/")[2] and json.loads(text)["text"] == closed
+
+
+def test_what_is_typed_is_kept_after_a_pause_and_other_changes_at_once(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("extension.page.writing.time.monotonic", lambda: now[0])
+    conversation = opened(Session(), SHORT)
+    before = conversation.record_version
+    conversation.keep(draft="a")
+    assert conversation.record_version == before != conversation.changed
+    conversation.keep(draft="a")
+    now[0] += PAUSE_S
+    assert conversation.record_version == conversation.changed
+    conversation.keep(draft="ab")
+    conversation.set_text("x")
+    assert conversation.record_version == conversation.changed
+
+
+@pytest.mark.parametrize(("values", "is_empty"), [
+    ({}, True), ({"text": "first"}, True), ({"text": "other"}, False), ({"draft": "a"}, False),
+    ({"turns": [Turn("user", "a")]}, False), ({"system": "S"}, True),
+])
+def test_a_conversation_in_which_nothing_was_said_is_not_kept(values, is_empty):
+    conversation = OpenConversation(Session(), Conversation(text="first"))
+    conversation.keep(**{"text": "", **values})
+    assert split(conversation.record(new_key()))[0][3] == is_empty

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from playwright import sync_api
@@ -21,19 +23,30 @@ WAIT_MS = 60_000
 
 def serve(*arguments, **environ):
     """Start the page as `install.py --demo` does; yield its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "extension.page.server", "--no-browser", *arguments], cwd=REPO,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env={**os.environ, **environ},
-    )
-    try:
-        line = process.stdout.readline()
-        address = re.search(r"http://127\.0\.0\.1:\d+/", line)
-        assert address, f"the page did not start: {line!r}"
-        yield address[0]
-    finally:
-        process.terminate()
-        process.wait(300)
+    with running(*arguments, **environ) as (address, _):
+        yield address
+
+
+@contextlib.contextmanager
+def running(*arguments, **environ):
+    """Run the page for the block: its address, and its process, which may be killed."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "extension.page.server", "--no-browser", *arguments], cwd=REPO,
+            stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **environ},
+        )
+        try:
+            line = process.stdout.readline()
+            address = re.search(r"http://127\.0\.0\.1:\d+/", line)
+            if address is None:
+                process.terminate()
+                process.wait(300)
+                errors.seek(0)
+                raise AssertionError(f"the page did not start: {line!r}\n{errors.read()[-3000:]}")
+            yield address[0], process
+        finally:
+            process.terminate()
+            process.wait(300)
 
 
 class Page:
