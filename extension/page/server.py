@@ -170,10 +170,12 @@ def launch(
     page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = QUEUE_S
     allowed = AllowedHosts(allowed_hosts)
     guard = Middleware(Guard, allowed=allowed)
+    # Without `_frontend` Gradio does not ask the page for an answer first, and does not give up
+    # where a busy machine takes longer than 3 s for it.
     _, address, shared = page.launch(
         server_name=HOST, server_port=port, share=share, inbrowser=False, quiet=True,
         prevent_thread_lock=True, ssr_mode=False, show_error=True, max_file_size=1,
-        app_kwargs={"middleware": [guard]}, theme=_theme(),
+        app_kwargs={"middleware": [guard]}, theme=_theme(), _frontend=False,
     )
     page.app.router.routes.insert(0, watch.route())
     # Gradio wraps its own middleware around the guard, which would answer some requests first.
