@@ -62,7 +62,9 @@ def test_a_machine_that_is_cut_off_is_lost_and_may_come_back(machines, network, 
     alive = [network.stations[number].process.pid for number in (1, 2)]
     network.cut(rank)
     try:
-        with pytest.raises(MachineLost, match=f"nothing was heard for {TIMEOUT_S:g} s"):
+        # Another machine may notice the silence first, and close its connections.
+        reasons = f"nothing was heard for {TIMEOUT_S:g} s|its connection was closed"
+        with pytest.raises(MachineLost, match=reasons):
             machines.receive()
         # The machine that was cut off notices it itself.
         network.stations[rank].hears("nothing was heard")
