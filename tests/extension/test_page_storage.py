@@ -295,8 +295,20 @@ def wait_until_kept(page, title):
 
 
 def choose(page, title):
-    page.click("#exl_picker input")
-    page.page.get_by_role("option", name=title, exact=True).click()
+    """Choose the conversation whose first question is its title.
+
+    The list is drawn again after it has been opened. A click before that may be lost on a busy
+    machine, and a person clicks again.
+    """
+    for attempt in range(4):
+        page.click("#exl_picker input")
+        page.page.get_by_role("option", name=title, exact=True).click()
+        try:
+            expect(question(page)).to_have_text(title, timeout=WAIT_MS if attempt == 3 else 15_000)
+            return
+        except AssertionError:
+            if attempt == 3:
+                raise
 
 
 def test_conversations_outlive_a_server_that_is_killed_while_it_writes(context, model):

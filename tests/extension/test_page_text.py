@@ -215,7 +215,8 @@ def test_a_text_that_was_written_while_it_was_hidden_is_shown_at_its_end(browser
         expect_writing(page, "#exl_stop")
         page.page.get_by_role("tab", name="Chat").click()
         page.page.wait_for_function(
-            "([css, than]) => document.querySelector(css).value.length > than", arg=[TEXT, 2500])
+            "([css, than]) => document.querySelector(css).value.length > than", arg=[TEXT, 2500],
+            timeout=5 * WAIT_MS)
         page.page.get_by_role("tab", name="Notebook").click()
         expect_at_end(page, TEXT)
         page.click("#exl_stop")
