@@ -106,6 +106,22 @@ def write_on(page):
     page.expect_text("#exl_stats", "seed")
 
 
+def choose(page, name, text):
+    """Click a choice of the gauge, again if nothing came of it.
+
+    Once, with two browsers on a busy machine, nothing did. The cause was not found.
+    """
+    for _ in range(3):
+        page.gauge.get_by_role("button", name=name).click()
+        try:
+            sync_api.expect(page.gauge.locator(".exl-model, [role=status]").filter(
+                has_text=text).first).to_be_visible(timeout=20_000)
+            return
+        except AssertionError:
+            continue
+    page.expect_gauge(text)
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_one_click_makes_a_model_fit(browser, tight_address, theme):
     # High enough for the whole page, so nothing moves while a screenshot is taken.
@@ -125,12 +141,11 @@ def test_one_click_makes_a_model_fit(browser, tight_address, theme):
         sync_api.expect(details.locator("pre")).to_be_visible()
         sync_api.expect(details.locator("pre")).to_contain_text("Largest context that fits")
 
-        page.gauge.get_by_role("button", name="tokens of context, 8-bit cache").click()
-        page.expect_gauge("Fits")
+        choose(page, "tokens of context, 8-bit cache", "Fits")
         assert page.toggled("cache_8bit") and page.value("#exl_ctx_size input") == "1024"
         page.shoot("gauge-fits")
         page.gauge.locator("summary").click()
-        page.gauge.get_by_role("button", name="tokens of context, 16-bit cache").click()
+        choose(page, "tokens of context, 16-bit cache", "16-bit cache")
         page.expect_options("16-bit cache")
         page.expect_gauge("Fits")
         assert not page.toggled("cache_8bit")
