@@ -235,11 +235,13 @@ def save(path: Path, pictures: list[Picture]) -> None:
         strip.paste(kept[index].image, (0, row * SIZE["height"]))
     palette = strip.quantize(COLOURS, dither=Image.Dither.NONE)
     frames = [one.image.quantize(palette=palette, dither=Image.Dither.NONE) for one in kept]
-    path.parent.mkdir(exist_ok=True)
-    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, optimize=True,
+    data = io.BytesIO()
+    frames[0].save(data, "GIF", save_all=True, append_images=frames[1:], loop=0, optimize=True,
                    duration=[round(1000 * one.seconds) for one in kept])
-    if path.stat().st_size > MAX_GIF_BYTES:
-        raise SystemExit(f"{path} is too large: {path.stat().st_size:,} bytes")
+    if data.tell() > MAX_GIF_BYTES:
+        raise SystemExit(f"{path} would be too large and stays as it is: {data.tell():,} bytes")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data.getvalue())
 
 
 if __name__ == "__main__":
