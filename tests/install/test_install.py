@@ -191,6 +191,36 @@ def test_env_stops_after_the_environment_of_the_task(world, monkeypatch, task, p
     assert world.take()[-1].endswith(packages)
 
 
+def test_the_page_gets_its_packages_when_the_text_is_written(world, monkeypatch):
+    monkeypatch.setattr(world.install.sys.stdout, "isatty", lambda: True)
+    assert call(world, monkeypatch, "--demo", "--terminal") == 0
+    *_, core, text = world.take()
+    assert core.endswith("[hub]") and "generate" in text
+    assert call(world, monkeypatch, "--demo") == 0
+    text, *further, page = world.take()
+    assert "generate" in text and page.endswith("-m extension.page.server")
+    assert further[-1].endswith("[extension]")
+    # PyTorch and the folder are already there.
+    assert not any("torch" in command or "-m venv" in command for command in further)
+    assert call(world, monkeypatch, "--demo", "--terminal") == 0
+    (text,) = world.take()
+    assert "generate" in text
+
+
+def test_packages_of_the_page_that_fail_leave_the_text_and_the_next_run_continues(
+    world, monkeypatch
+):
+    world.failing = "[extension]"
+    with pytest.raises(world.install.SetupError, match=r"pip install .*\[extension\]"):
+        call(world, monkeypatch, "--demo", "--no-browser")
+    assert any("generate" in command for command in world.take())
+    world.failing = None
+    assert call(world, monkeypatch, "--demo", "--no-browser") == 0
+    commands = world.take()
+    assert not any("-m venv" in command for command in commands)
+    assert "extension.page.server" in commands[-1]
+
+
 def test_demo_that_cannot_write_text_opens_no_page(world, monkeypatch):
     monkeypatch.setattr(world.install.sys.stdout, "isatty", lambda: True)
     world.failing = "generate"
@@ -215,7 +245,7 @@ def test_changed_requirements_are_installed(world, monkeypatch, changed):
 
 
 def test_a_killed_setup_starts_again(world, monkeypatch):
-    def killed(test):
+    def killed(level):
         raise KeyboardInterrupt
 
     install_packages = world.install.install_packages

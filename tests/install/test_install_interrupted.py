@@ -119,7 +119,7 @@ def complete(root: Path) -> Path:
     spec = importlib.util.spec_from_file_location("interrupted_install", script)
     install = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(install)
-    install.STAMP.write_text(json.dumps({"key": install.environment_key(), "test": False}))
+    install.STAMP.write_text(json.dumps({"key": install.environment_key(), "level": install.PAGE}))
     return script
 
 
