@@ -260,12 +260,14 @@ def ensure_environment(level: str) -> None:
     UNFINISHED.touch()
     try:
         if is_current:
-            say(f"packages of the {level}")
+            # pip says little here, so that the text that was written stays in sight.
+            size = " (a download of 50 MB)" if level == PAGE else ""
+            say(f"packages of the {level}{size}")
         else:
             say(f"[2/3] PyTorch {TORCH_VERSION}" + (", for an NVIDIA GPU" if has_nvidia() else ""))
             install_torch()
             say("[3/3] other packages" + (" and those of the tests" if level == TEST else ""))
-        install_packages(level)
+        install_packages(level, quiet=is_current)
     except SetupError:
         # pip has cleaned up; the packages that it installed before are complete.
         UNFINISHED.unlink()
@@ -276,15 +278,20 @@ def ensure_environment(level: str) -> None:
     temporary.replace(STAMP)
 
 
-def install_packages(level: str) -> None:
+def install_packages(level: str, quiet: bool = False) -> None:
     """Install exl_loader (editable) with the dependencies that a level of LEVELS has.
+
+    Args:
+        level: of LEVELS.
+        quiet: show only warnings and errors of pip.
 
     Raises:
         SetupError: pip failed.
     """
     # Without isolation the pinned build tool is used and nothing unpinned is downloaded.
-    pip_install(["hatchling"])
-    pip_install(["--no-build-isolation", "--editable", f"{REPO}[{LEVELS[level]}]"])
+    less = ["--quiet"] if quiet else []
+    pip_install([*less, "hatchling"])
+    pip_install([*less, "--no-build-isolation", "--editable", f"{REPO}[{LEVELS[level]}]"])
 
 
 def environment_key() -> str:

@@ -245,7 +245,7 @@ def test_changed_requirements_are_installed(world, monkeypatch, changed):
 
 
 def test_a_killed_setup_starts_again(world, monkeypatch):
-    def killed(level):
+    def killed(level, quiet):
         raise KeyboardInterrupt
 
     install_packages = world.install.install_packages
