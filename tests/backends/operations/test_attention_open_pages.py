@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from functools import lru_cache
 
@@ -56,6 +57,16 @@ def filled(writer, cache_type, past, new, heads, head_dim, seed=0):
     return layer, batch
 
 
+@lru_cache
+def filled_once(cache_type, past, new, head_dim, seed=0):
+    """Return a layer of two heads and its batch, written by this machine's CPU in milliseconds.
+
+    The target and the reference read the same layer, so its writer is not what is tested.
+    """
+    writer = target("native", None, threads=default_threads())
+    return filled(writer, cache_type, past, new, 2, head_dim, seed)
+
+
 # Two texts, the second of which begins a page.
 WRITTEN = [0, 250], [40, 6], 2
 
@@ -83,8 +94,8 @@ def test_writing_equals_the_reference(ops, cache_type, head_dim):
 @sizes("head_dim", cpus=ALL_CPUS, cpu=[8, 64, 80], cuda=[8, 64, 80, 128])
 def test_attention_equals_the_reference(ops, cache_type, head_dim):
     """A token in the first page, one after a page, a draft, a prompt's chunk and a new page."""
-    past, new = [70, 300, 520, 256, 512], [1, 1, 3, 40, 1]
-    layer, batch = filled(ops, cache_type, past, new, 2, head_dim)
+    past, new = (70, 300, 520, 256, 512), (1, 1, 3, 40, 1)
+    layer, batch = filled_once(cache_type, past, new, head_dim)
     for window in (0, 100):
         shape = shape_of(4, 2, head_dim, window=window, softcap=3.0 if window else 0.0)
         q = random_rows(batch.num_rows, 4, head_dim, 7)
@@ -99,8 +110,7 @@ def test_attention_equals_the_reference(ops, cache_type, head_dim):
 def test_rows_do_not_depend_on_what_runs_beside_them(ops, cache_type):
     """Alone, in a batch, one by one and as a chunk, with fresh data."""
     seed = random.SystemRandom().randrange(1000)
-    past, new = [300, 10], [4, 1]
-    layer, batch = filled(ops, cache_type, past, new, 2, 64, seed)
+    layer, batch = filled_once(cache_type, (300, 10), (4, 1), 64, seed)
     shape = shape_of(4, 2, 64)
     q = random_rows(5, 4, 64, seed)
     together = attend(ops, q, layer, batch, shape)
@@ -115,7 +125,7 @@ def test_rows_do_not_depend_on_what_runs_beside_them(ops, cache_type):
 @pytest.mark.parametrize("cache_type", ["q8", "q4"])
 def test_only_the_own_page_and_the_first_token_are_read_from_open_pages(ops, cache_type):
     """What lies behind the other positions of an open page changes nothing."""
-    layer, batch = filled(ops, cache_type, [300], [1], 2, 64)
+    layer, batch = copy.deepcopy(filled_once(cache_type, (300,), (1,), 64))
     shape, q = shape_of(4, 2, 64), random_rows(1, 4, 64, 3)
     before = attend(ops, q, layer, batch, shape)
     for opened in (layer.k_open, layer.v_open):
