@@ -11,16 +11,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
-import hypothesis
 import pytest
-
-# Hypothesis limits the time of an example by default, remembers examples of earlier runs, and
-# chooses other defaults where the variable CI is set.
-hypothesis.settings.register_profile(
-    "exl_loader", deadline=None, database=None, derandomize=False, print_blob=True,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile("exl_loader")
 
 # The machine's environment variables that would change what is tested are removed; a test that
 # needs one sets it. Variables that name inputs and outputs of the tests stay.
@@ -68,7 +59,17 @@ STDERR = pytest.StashKey[int]()
 os.environ["EXL_LOADER_CACHE_DIR"] = str(TEST_CACHE)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import hypothesis  # noqa: E402  (after compiled modules are kept: pytest rewrites all of it)
+
 from support import exhaustive, timing  # noqa: E402  (in this folder)
+
+# Hypothesis limits the time of an example by default, remembers examples of earlier runs, and
+# chooses other defaults where the variable CI is set.
+hypothesis.settings.register_profile(
+    "exl_loader", deadline=None, database=None, derandomize=False, print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("exl_loader")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
