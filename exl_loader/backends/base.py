@@ -232,6 +232,9 @@ class Backend(Protocol):
     def overhead(self, device: str) -> tuple[int, bool]:
         """Return the bytes that running takes outside our buffers; True if they are measured."""
 
+    def relative_speed(self, device: str) -> int:
+        """Return how fast layers run beside other devices of the kind, found without measuring."""
+
     def processes(self, device: str, limit: int) -> list[Process]:
         """Return the other processes that hold most memory, largest first; [] if unknown."""
 

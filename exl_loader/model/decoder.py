@@ -87,6 +87,10 @@ class DecoderLayer(ABC):
         for part in parts:
             yield from part.specs()
 
+    def read_bytes(self) -> int:
+        """Return the bytes of the weights that a row runs through."""
+        return sum(spec.nbytes for spec in self.specs()) - self.mlp.unread_bytes()
+
     def workspace(self, rows: int) -> Shapes:
         """Return the tensors of a whole step of up to `rows` rows, which layers share."""
         hidden, rope = ("float32", (rows, self.hidden_size)), self.attention.rope

@@ -157,9 +157,14 @@ def test_real_models_write_the_text_of_one_machine(model_dir, count, farm):
             assert 1 <= len(model.allocated_on_machines()) <= count - 1
 
 
-def test_a_model_that_fits_on_the_first_machine_stays_there(folder, two, expected):
-    with load(folder, two, gpu_split=None) as model:
-        assert {device.machine for device in model.reservation.devices} == {0}
+def test_without_limits_every_machine_has_a_part_of_the_work(folder, machines, expected):
+    plan = exl_loader.plan(folder, **options(machines=machines.address))
+    with load(folder, machines, gpu_split=None) as model:
+        devices = model.reservation.devices
+        assert [d.machine for d in devices] == list(range(machines.world_size))
+        assert [d.total_bytes for d in devices] == [d.total_bytes for d in plan.devices]
+        found = model.allocated_on_machines() | {(0, "cpu"): model.allocated_bytes("cpu")}
+        assert found == {(d.machine, d.device): d.total_bytes for d in devices}
         assert texts(model) == expected[1]
 
 

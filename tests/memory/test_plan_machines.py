@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exl_loader.backends.cpu.backend import CpuBackend
 from exl_loader.backends.cuda.backend import CudaBackend
 from exl_loader.cache.layout import PAGE_LEN, CacheType, cache_specs, pages_for
 from exl_loader.checkpoint import Checkpoint
@@ -57,9 +58,10 @@ def layers_of(found) -> list[tuple[int, int, int]]:
     counts=st.lists(st.integers(1, 2), min_size=2, max_size=4),
     shares=st.lists(st.floats(0.15, 0.9), min_size=8, max_size=8),
     cache_type=st.sampled_from(["fp16", "q4", "q8_q3"]),
+    has_limits=st.booleans(),
 )
 def test_every_machine_allocates_its_part_of_the_plan(
-    num_layers, is_tied, counts, shares, cache_type
+    num_layers, is_tied, counts, shares, cache_type, has_limits
 ):
     options = SMALL | {"cache_type": cache_type}
     names = [",".join(f"cpu:{i}" for i in range(count)) for count in counts]
@@ -73,7 +75,9 @@ def test_every_machine_allocates_its_part_of_the_plan(
         one = plan(folder, device="cpu", **options)
         limits = (share * one.total_bytes / GIB for share in shares)
         split = ";".join(",".join(str(next(limits)) for _ in range(count)) for count in counts)
-        chosen = LoadOptions(device=names[0], gpu_split=split, **options)
+        chosen = LoadOptions(
+            device=names[0], gpu_split=split if has_limits else None, **options
+        )
         with planned(folder, chosen, connection) as model:
             found, segments = model.reservation, {0: model.segments}
             for place, asked in model.others.items():
@@ -188,6 +192,80 @@ def test_the_largest_context_over_machines_fits_and_one_page_more_does_not(share
         connection.close()
 
 
+def slowest(work, ranges) -> int:
+    """Return the most bytes that a machine reads for a token."""
+    ends = [work[1]] + [0] * (len(ranges) - 1)
+    return max(sum(work[0][n] for n in part) + end for part, end in zip(ranges, ends, strict=True))
+
+
+def work_of(folder) -> tuple[list[int], int]:
+    """Return the bytes of each layer, and of final norm and head."""
+    config = ModelConfig.from_dir(folder)
+    with Checkpoint.open(folder) as checkpoint:
+        parts = build_parts(
+            config, checkpoint, DeviceMap.single("cpu", config.num_hidden_layers)
+        )
+        sizes = [sum(spec.nbytes for spec in layer.specs()) for layer in parts.layers]
+        return sizes, sum(spec.nbytes for spec in parts.ends[1].specs())
+
+
+def ranges_of(found, count: int) -> list[range]:
+    """Return the layers of each machine of one device."""
+    ranges = {d.machine: range(d.first_layer, d.end_layer) for d in found.devices}
+    return [ranges.get(place, range(0)) for place in range(count)]
+
+
+@settings(max_examples=20)
+@given(
+    num_layers=st.integers(2, 6), is_tied=st.booleans(), vocab_size=st.sampled_from([320, 3200]),
+    shares=st.lists(st.floats(0.2, 1.2), min_size=2, max_size=3),
+    cache_type=st.sampled_from(["fp16", "q4"]),
+)
+def test_work_is_split_evenly_as_far_as_memory_allows(
+    num_layers, is_tied, vocab_size, shares, cache_type
+):
+    options = SMALL | {"cache_type": cache_type}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_sparse_exl2(
+            Path(temporary) / "m", num_hidden_layers=num_layers, tie_word_embeddings=is_tied,
+            vocab_size=vocab_size,
+        )
+        total = plan(folder, device="cpu", **options).total_bytes
+        # The limit of the first machine holds for the others as well.
+        limits = sorted((int(share * total) for share in shares), reverse=True)
+        connection = FakeConnection(
+            [folder] * (len(limits) - 1),
+            [LoadOptions(device="cpu", memory_limit=limit) for limit in limits[1:]],
+        )
+        chosen = {"device": "cpu", "memory_limit": limits[0]} | options
+        found = plan_over(connection, folder, **chosen)
+        work = work_of(folder)
+        fitting = []
+        for inner in itertools.combinations_with_replacement(
+            range(1, num_layers + 1), len(limits) - 1
+        ):
+            edges = itertools.pairwise([0, *inner, num_layers])
+            ranges = [range(first, end) for first, end in edges]
+            if all(
+                not part or table_bytes(folder, part, options) <= limit
+                for part, limit in zip(ranges, limits, strict=True)
+            ):
+                fitting.append(ranges)
+        assert found.fits == bool(fitting)
+        if fitting:
+            assert slowest(work, ranges_of(found, len(limits))) == min(
+                slowest(work, ranges) for ranges in fitting
+            )
+        # The largest context is the one that fits in any split.
+        tokens = found.largest_ctx_size[cache_type]
+        longer = plan_over(connection, folder, **chosen | {"ctx_size": tokens + 1})
+        assert not longer.fits
+        if tokens:
+            most = plan_over(connection, folder, **chosen | {"ctx_size": tokens})
+            assert most.fits and most.total_bytes == most.bytes_by_cache_type[cache_type]
+        connection.close()
+
+
 KINDS = {"cpu": "cpu", "cards": "cuda:0,cuda:1", "card and cpu": "cuda:0,cpu"}
 
 
@@ -261,6 +339,17 @@ def test_a_plan_asks_each_machine_a_few_questions(split, tmp_path, machine):
         assert count[PLAN] == 1 and count[RECORDS] <= 1 and count[ASSIGN] <= 10, count
 
 
+def test_memory_that_no_even_split_fits_into_takes_few_more_questions(tmp_path):
+    folder = write_sparse_exl2(tmp_path / "m", **LLAMA_2_7B)
+    small = LoadOptions(device="cpu", memory_limit=GIB)
+    connection = FakeConnection([folder] * 2, [small, LoadOptions(device="cpu")])
+    found = plan_over(connection, folder, device="cpu", memory_limit=8 * GIB, **SMALL)
+    connection.close()
+    assert found.fits and [d.machine for d in found.devices] == [0, 1, 2]
+    assert found.devices[1].end_layer - found.devices[1].first_layer < 10
+    assert connection.asked[1, ASSIGN] <= 12
+
+
 def test_a_machine_without_room_is_passed_over(connection, folder):
     found = over(connection, folder, [table_bytes(folder, range(2), SMALL), 1000, GIB])
     assert layers_of(found) == [(0, 0, 2), (2, 2, 6)] and found.fits
@@ -268,12 +357,55 @@ def test_a_machine_without_room_is_passed_over(connection, folder):
     assert found.to_dict()["hosts"] == ["host-a", "host-b", "host-c"]
 
 
-def test_a_model_that_fits_on_the_first_machine_stays_there(connection, folder):
+def test_a_model_that_fits_within_the_first_limit_stays_there(connection, folder):
     found = over(connection, folder, [GIB, GIB, GIB])
     assert layers_of(found) == [(0, 0, 6)]
     alone = plan(folder, device="cpu", **SMALL)
     assert found.total_bytes == alone.total_bytes
     assert found.bytes_by_cache_type == alone.bytes_by_cache_type
+
+
+def test_work_is_split_by_the_speed_of_machines(connection, folder):
+    sizes, head = work_of(folder)
+
+    def change(speed):
+        connection.change = lambda asked, reply: (
+            reply | {"speed": speed} if asked == PLAN else reply
+        )
+        return ranges_of(plan_over(connection, folder, device="cpu", **SMALL), 3)
+
+    speed = CpuBackend().relative_speed("cpu")
+    equal = change(speed)
+    assert slowest((sizes, head), equal) == min(
+        slowest((sizes, head), [range(a), range(a, b), range(b, 6)])
+        for a in range(1, 6) for b in range(a, 7)
+    )
+    assert change(100 * speed) == [range(1), range(1, 3), range(3, 6)]
+    assert change(1)[0].stop >= equal[0].stop
+
+
+def test_a_draft_model_counts_as_work_of_the_first_machine(connection, folder):
+    small = write_sparse_exl2(folder.parent / "d", num_hidden_layers=12)
+    alone = ranges_of(plan_over(connection, folder, device="cpu", **SMALL), 3)
+    found = plan_over(connection, folder, device="cpu", model_draft=small, **SMALL)
+    assert found.devices[0].draft_bytes
+    assert len(alone[0]) > len(ranges_of(found, 3)[0]) == 1
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:0,cpu"])
+def test_machines_with_other_kinds_of_devices_are_filled_in_order(device, folder):
+    other = LoadOptions(device=device, vram=[GIB] * len(device.split(",")))
+    connection = FakeConnection([folder], [other])
+    found = plan_over(connection, folder, device="cpu", **SMALL)
+    connection.close()
+    assert layers_of(found) == [(0, 0, 6)]
+    cards = LoadOptions(device="cuda:0,cuda:1", vram=[GIB] * 2)
+    connection = FakeConnection([folder], [cards])
+    found = plan_over(connection, folder, device="cuda:0", vram=[GIB], **SMALL)
+    connection.close()
+    used = [d for d in found.devices if d.has_layers]
+    assert [(d.machine, d.device) for d in used] == [(0, "cuda:0"), (1, "cuda:0")]
+    assert 0 < used[0].end_layer < 6
 
 
 def test_the_first_machine_keeps_a_layer_and_shows_what_it_lacks(connection, folder):
@@ -342,7 +474,7 @@ def test_a_limit_of_a_machine_of_its_own_holds(folder):
     connection = FakeConnection([folder, folder], [own, ON_CPU])
     found = plan_over(connection, folder, device="cpu", memory_limit=limit, **SMALL)
     connection.close()
-    assert layers_of(found) == [(0, 0, 3), (2, 3, 6)]
+    assert {d.machine for d in found.devices} == {0, 2} and found.fits
     assert [d.limit_bytes for d in found.devices] == [limit] * 2
 
 

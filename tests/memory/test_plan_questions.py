@@ -36,10 +36,10 @@ from exl_loader.utils.errors import (
 from support.plan_machines import FakeConnection, plan_over
 from support.sparse import write_sparse_exl2
 
-ASKED = Asked(1, 2, True, 600, "q4", 64, 2, 256, 0)
+ASKED = Asked(1, 2, 6, 600, "q4", 64, 2, 256, 0)
 REQUEST = PlanRequest(1, "m", "0" * 64, None, False, "", None, 0)
-MESSAGES = [ASKED, REQUEST, PlanReply(5), Assigned(4, (7, -3), 9),
-            Asked(3, 1, False, 1, "q8_q3", 64, None, 0, 512),
+MESSAGES = [ASKED, REQUEST, PlanReply(5, "cpu", 2), Assigned(4, (7, -3), 9),
+            Asked(3, 1, None, 1, "q8_q3", 64, None, 0, 512),
             PlanRequest(7, "m", "1", "LlamaForCausalLM", True, "1,2", 3, 4)]
 OPTIONS = {"ctx_size": 600, "cache_type": "q4", "chunk_size": 64, "device": "cpu"}
 
@@ -108,7 +108,8 @@ def test_a_value_of_another_type_is_refused_by_name(message):
 
 @pytest.mark.parametrize("values", [None, [], "x", {}, {"free_bytes": 1, "more": 2}, {"Free": 1}])
 def test_other_keys_are_refused(values):
-    with pytest.raises(MachineRefused, match="no PlanReply: expected the keys free_bytes"):
+    keys = "free_bytes, kind, speed"
+    with pytest.raises(MachineRefused, match=f"no PlanReply: expected the keys {keys}"):
         from_json(PlanReply, values, "machine 1 (b)")
 
 
@@ -148,7 +149,7 @@ def test_plans_that_are_made_at_once_take_turns(folder):
     both = PlanAnswers(folder.parent, LoadOptions(device="cpu"))
 
     def assigned(number: int) -> tuple[int, int]:
-        asked = {"asked": [to_json(replace(ASKED, plan=number))]}
+        asked = {"asked": [to_json(replace(ASKED, plan=number, end_layer=None))]}
         (found,) = both.answer(ASSIGN, asked)["assigned"]
         return found["end_layer"], found["total_bytes"]
 
@@ -171,7 +172,8 @@ def test_plans_that_are_made_at_once_take_turns(folder):
 @pytest.mark.parametrize(
     "change",
     [
-        {"first_layer": 0}, {"first_layer": 6}, {"ctx_size": 0}, {"ctx_size": 1 << 40},
+        {"first_layer": 0}, {"first_layer": 6}, {"end_layer": 2}, {"end_layer": 7},
+        {"ctx_size": 0}, {"ctx_size": 1 << 40},
         {"cache_type": "q5"}, {"cache_type": ""}, {"chunk_size": 0}, {"chunk_size": 1},
         {"max_batch_size": 0}, {"cache_window": 5}, {"cache_size": 1},
     ],
@@ -226,7 +228,8 @@ def first_item(key, **values):
     ("question", "change", "expected"),
     [
         (PLAN, lambda reply: {}, "no PlanReply"),
-        (PLAN, lambda reply: {"free_bytes": -1}, "free_bytes of type int, found -1"),
+        (PLAN, lambda reply: reply | {"free_bytes": -1}, "free_bytes of type int, found -1"),
+        (PLAN, lambda reply: reply | {"speed": 0}, "a speed"),
         (ASSIGN, lambda reply: {"assigned": reply["assigned"][1:]}, "no Assigned"),
         (ASSIGN, lambda reply: {"assigned": "none"}, "a list of"),
         (ASSIGN, first_item("assigned", end_layer=5), "an end from 6 to 6"),
@@ -275,7 +278,7 @@ def test_a_machine_on_which_no_layer_fits_has_no_part(folder):
     answers = PlanAnswers(folder, LoadOptions(device="cpu", memory_limit=1000))
     begun(answers, folder)
     with pytest.raises(MachineRefused, match="^the layers from 2 on"):
-        answers.part(to_json(replace(ASKED, takes_all=False)))
+        answers.part(to_json(replace(ASKED, end_layer=None)))
     assert not answers.part(to_json(ASKED)).records[0].fits
     answers.close()
 

@@ -121,7 +121,7 @@ def test_the_table_of_several_machines_names_them(tmp_path, machine):
     assert names.split() == ["machine", "0", "host-a", "1", "host-b"]
     assert amount(found.total_bytes) in text
     assert max(map(len, text.splitlines()[1:])) < 80
-    one = two_machines(folder, ctx_size=256, cache_type="q4")
+    one = two_machines(folder, ctx_size=256, cache_type="q4", gpu_split="7;")
     assert "layers on 1 of 2 machines" in render(one)
     assert "machine" not in render(plan(folder, device="cpu"))
 

@@ -7,7 +7,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exl_loader.memory.reservation.split import largest_fitting, split
+from exl_loader.memory.reservation.split import Work, even_split, largest_fitting, split
+from exl_loader.utils.integers import ceil_div
 
 
 class Costs:
@@ -118,3 +119,52 @@ def test_search_among_no_counts_and_with_none_or_all_fitting():
     assert largest_fitting(lambda count: -1, 9) == 0
     assert largest_fitting(lambda count: 1, 0) == 0
     assert largest_fitting(lambda count: 1, 9) == 9
+
+
+def most_layers(cost, budget, first, num_layers) -> int:
+    """Return the end of the layers from `first` on that fit."""
+    return max(
+        [first, *(end for end in range(first + 1, num_layers + 1) if cost(first, end) <= budget)]
+    )
+
+
+def rank(ranges, work, speeds):
+    """Return what the best of all splits has least of: the slowest machine's time first."""
+    ends = [work.ends] + [0] * (len(ranges) - 1)
+    times = [
+        ceil_div(end + work.layers[part.stop] - work.layers[part.start], speed)
+        for part, end, speed in zip(ranges, ends, speeds, strict=True)
+    ]
+    return [(max(times[i:]), len(part)) for i, part in enumerate(ranges)]
+
+
+@given(
+    problems(),
+    st.lists(st.integers(0, 100), min_size=8, max_size=8), st.integers(0, 300),
+    st.lists(st.integers(1, 4), min_size=4, max_size=4),
+)
+def test_an_even_split_is_the_quickest_of_those_that_fit(problem, reads, head, speeds):
+    costs, budgets, num_layers = problem
+    speeds = speeds[: len(costs)]
+    work = Work(tuple(itertools.accumulate(reads[:num_layers], initial=0)), head)
+    fitting = [
+        ranges for ranges in contiguous_splits(num_layers, len(costs))
+        if ranges[0] and fits(ranges, costs, budgets)
+    ]
+    ends = [
+        [most_layers(cost, budget, first, num_layers) for first in range(num_layers)]
+        for cost, budget in zip(costs, budgets, strict=True)
+    ]
+    found = even_split(work, speeds, ends)
+    if not fitting:
+        assert found is None
+        return
+    assert found is not None and fits(found, costs, budgets) and found[0]
+    assert rank(found, work, speeds) == min(rank(ranges, work, speeds) for ranges in fitting)
+
+
+def test_the_head_counts_as_layers_of_the_first_machine():
+    work = Work(tuple(range(0, 230, 10)), 21)
+    assert even_split(work, [1, 1]) == [range(10), range(10, 22)]
+    assert even_split(work, [3, 1]) == [range(16), range(16, 22)]
+    assert even_split(Work(work.layers, 1000), [1, 1, 1]) == [range(1), range(1, 11), range(11, 22)]

@@ -185,6 +185,10 @@ def test_experts(tmp_path):
     up = mlp.experts[4].up
     assert up.name.endswith("experts.4.w3")
     assert (up.spec.in_features, up.out_features) == (96, 168)
+    # A row runs through 2 of the 5.
+    layer, expert = parts.layers[0], mlp.experts[4]
+    unread = 3 * sum(spec.nbytes for linear in expert.weights() for spec in linear.specs())
+    assert layer.read_bytes() == sum(spec.nbytes for spec in layer.specs()) - unread
 
 
 def test_fused_sources_are_cut_in_order(tmp_path):

@@ -11,6 +11,7 @@ from .attention import attention_scratch_bytes
 from .layout import packed_shapes
 from .linear import dense_scratch_bytes, packed_scratch_bytes
 from .memory import PAGE_BYTES, MainMemory
+from .threads import default_threads
 
 if TYPE_CHECKING:
     from ...utils.progress import Progress
@@ -32,6 +33,10 @@ class CpuBackend(MainMemory):
 
     def auto_devices(self, count: int = 0) -> list[str]:
         return [self.default_device]
+
+    def relative_speed(self, device: str) -> int:
+        """Return the number of threads, because products of several rows compute."""
+        return default_threads()
 
     def linear_shapes(self, sizes: QuantizedSizes | DenseSizes) -> Shapes:
         return dense_shapes(sizes) if isinstance(sizes, DenseSizes) else packed_shapes(sizes)

@@ -119,6 +119,10 @@ class CudaBackend:
             return self._context_bytes.get(device, 0) + taken, False
         return self._context_bytes.get(device, 0) + taken, True
 
+    def relative_speed(self, device: str) -> int:
+        """Return the same for all cards."""
+        return 1
+
     def processes(self, device: str, limit: int) -> list[Process]:
         """Return the other compute processes on the card, as far as the driver knows them."""
         from .cards import query_nvidia_smi, smi_id

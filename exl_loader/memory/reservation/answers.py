@@ -156,7 +156,7 @@ class PlanAnswers:
                 connection_bytes=request.connection_bytes,
             )
             self._keep(request.plan, _Plan(assigner, config.num_hidden_layers, files.pop_all()))
-        return PlanReply(assigner.free_bytes)
+        return PlanReply(assigner.free_bytes, assigner.kind, assigner.speed)
 
     def _keep(self, number: int, plan: _Plan) -> None:
         """Keep a plan in place of the oldest one."""
@@ -197,6 +197,12 @@ class PlanAnswers:
                 "first_layer", expected=f"1 to {plan.num_layers - 1}",
                 actual=shown(asked.first_layer),
             )
+        end = asked.end_layer
+        if end is not None and not asked.first_layer < end <= plan.num_layers:
+            raise InvalidSettings(
+                "end_layer", expected=f"{asked.first_layer + 1} to {plan.num_layers}",
+                actual=shown(end),
+            )
         run = asked.run().at(asked.ctx_size)
-        shares = plan.assigner.assign(asked.ctx_size, run, asked.first_layer, asked.takes_all)
+        shares = plan.assigner.assign(asked.ctx_size, run, asked.first_layer, end)
         return plan, shares, run

@@ -11,7 +11,7 @@ from ...utils.table import DeviceMap
 from .budgets import Budget
 from .costs import BufferBytes, LayerCosts, PlacedModel
 from .options import RunOptions
-from .split import split
+from .split import Work, split
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,17 @@ class Assigner:
         self._upload_bytes = max(one.upload_bytes(budgets[0].device) for one in models)
 
     def assign(
-        self, ctx_size: int, run: RunOptions, first_layer: int = 0, takes_all: bool = True
+        self, ctx_size: int, run: RunOptions, first_layer: int = 0, end_layer: int | None = None
     ) -> list[DeviceShare]:
-        """Split the layers as `split` does, from one layer on.
+        """Split a range of layers as `split` does.
 
         Args:
             ctx_size: tokens of context.
             run: the other options that decide the bytes.
             first_layer: the first of the layers; 0 on the machine of the embedding.
-            takes_all: the layers up to the model's last are assigned, whether they fit or not.
-                False where other machines follow: as many as fit, but at least one on the
-                machine of the embedding.
+            end_layer: the end of the layers, which are assigned whether they fit or not. None
+                where other machines follow and hold the rest: as many as fit, but at least one
+                on the machine of the embedding.
 
         Returns:
             A share for each device that holds a layer, in the order of the layers, of which the
@@ -104,8 +104,12 @@ class Assigner:
             only the connection to other machines. Nothing where no layer fits.
         """
         run = run.at(ctx_size)
-        rest = range(first_layer, self._model.num_layers)
-        shares = self._layer_shares(rest, ctx_size, run, takes_all)
+        if end_layer is None:
+            rest = range(first_layer, self._model.num_layers)
+            shares = self._most_shares(rest, ctx_size, run)
+        else:
+            layers = range(first_layer, end_layer)
+            shares = self._split(layers, ctx_size, run, self._has_ends, True)
         if not shares:
             return []
         first, last = shares[0], shares[-1]
@@ -118,12 +122,8 @@ class Assigner:
                 shares.append(self._embedding_share(end, embeddings, of_draft))
         return shares
 
-    def _layer_shares(
-        self, rest: range, ctx_size: int, run: RunOptions, takes_all: bool
-    ) -> list[DeviceShare]:
-        """Return the shares of layers; arguments as those of `assign`."""
-        if takes_all:
-            return self._split(rest, ctx_size, run, self._has_ends, True)
+    def _most_shares(self, rest: range, ctx_size: int, run: RunOptions) -> list[DeviceShare]:
+        """Return the shares of as many layers of `rest` as fit, from its first on."""
         # The head is with the last layer on this machine, so which device has it depends on how
         # many layers there are. No more fit with a head than without.
         shares = self._split(rest, ctx_size, run, False, False)
@@ -154,6 +154,32 @@ class Assigner:
             make(budget, part)
             for budget, part in zip(self._budgets, ranges, strict=True) if part
         ]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of the model's layers, on all machines."""
+        return self._model.num_layers
+
+    @property
+    def kind(self) -> str:
+        """The kind of the devices; empty where they are of several."""
+        kinds = {backend_of(budget.device).kind for budget in self._budgets}
+        return kinds.pop() if len(kinds) == 1 else ""
+
+    @property
+    def speed(self) -> int:
+        """How fast layers run beside other machines with devices of the same kind."""
+        device = self._budgets[0].device
+        return backend_of(device).relative_speed(device)
+
+    def work(self) -> Work:
+        """Return what a token reads of the model, and of the draft model."""
+        device = self._budgets[0].device
+        work = self._model.work(device)
+        if self._draft is None:
+            return work
+        draft = self._draft.work(device)
+        return Work(work.layers, work.ends + draft.ends + draft.layers[-1])
 
     @property
     def free_bytes(self) -> int:

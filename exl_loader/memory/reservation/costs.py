@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from ...model.step import beside_cache_shapes, most_rows, workspace_specs
 from ...utils.table import DTYPE_BYTES, MAIN_MEMORY, DeviceMap, TensorSpec
 from ..segments import Segment, align, lay_out
 from .options import RunOptions
+from .split import Work
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
@@ -208,6 +210,16 @@ class LayerCosts:
             self._workspace_bytes(device, layers, ctx_size, run, has_head),
             self._room_bytes(device, layers, run),
         )
+
+    def work(self, device: str) -> Work:
+        """Return the bytes that a token reads of the weights: of each layer, and of the head.
+
+        Of an embedding it reads next to nothing.
+        """
+        whole = self.whole(device)
+        _, head = whole.ends
+        layers = itertools.accumulate((layer.read_bytes() for layer in whole.layers), initial=0)
+        return Work(tuple(layers), sum(spec.nbytes for spec in head.specs()))
 
     def main_memory_embedding_bytes(self, device: str, has_head: bool) -> int:
         """Return the bytes of the embedding in main memory.

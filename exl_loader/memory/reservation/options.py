@@ -132,10 +132,9 @@ class LoadOptions:
         max_lora_bytes: the least room for LoRA adapters that is reserved on each device, such
             as `256MiB`, so that adapters can be loaded later.
         machines: where other machines find this one, such as `tcp://192.168.1.10:29500`. They run
-            `python -m exl_loader serve-stage` and take the layers for which this machine has no
-            memory, each as many as fit; see docs/machines.md. None or empty for this machine
-            alone. `gpu_split` then has a part for each machine, divided by `;`, such as
-            `20,24;16`.
+            `python -m exl_loader serve-stage`, and each holds a part of the layers; see
+            docs/machines.md. None or empty for this machine alone. `gpu_split` then has a part
+            for each machine, divided by `;`, such as `20,24;16`.
     """
 
     OPTIONS: ClassVar[Mapping[str, Option]]
@@ -233,7 +232,7 @@ class LoadOptions:
     )
     machines: str | None = _option(
         None, "address at which other machines, which run serve-stage, find this one and take "
-        "layers that do not fit here, such as tcp://192.168.1.10:29500", "ADDRESS",
+        "a part of the layers, such as tcp://192.168.1.10:29500", "ADDRESS",
     )
 
     @classmethod

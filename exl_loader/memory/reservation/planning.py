@@ -142,9 +142,9 @@ def planned(
         free_bytes = assigner.free_bytes
         if connection is not None:
             requests = _requests(options, costs, splits, connection, connection_bytes)
-            others, free_there = begin(connection, requests, costs.num_layers)
-            free_bytes += free_there
-        spreader = Spreader(assigner, costs.num_layers, others)
+            others = begin(connection, requests, costs.num_layers)
+            free_bytes += sum(other.reply.free_bytes for other in others)
+        spreader = Spreader(assigner, others, has_limits=any(splits))
         shown_types = LoadOptions.OPTIONS["cache_type"].choices
         by_type = {
             name: replace(run, cache_type=CacheType.parse(name))
@@ -158,7 +158,7 @@ def planned(
                 "ctx_size_draft", options.ctx_size_draft or ctx_size, draft_costs.config
             )
         run = run.at(ctx_size)
-        spreads = spreader.spread({
+        spreads = spreader.spread_evenly({
             name: (ctx_size, run if other.cache_type == run.cache_type else other)
             for name, other in by_type.items()
         })

@@ -57,9 +57,13 @@ class PlanReply:
 
     Args:
         free_bytes: the free memory of its devices together.
+        kind: of its devices; empty where they are of several.
+        speed: how fast layers run there beside other machines with devices of the same kind.
     """
 
     free_bytes: int
+    kind: str
+    speed: int
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,8 @@ class Asked:
     Args:
         plan: its number, as in `PlanRequest`.
         first_layer: the first layer that the machines before do not hold.
-        takes_all: all layers from there on are assigned, whether they fit or not; else as many
-            as fit.
+        end_layer: the end of the layers, which are assigned whether they fit or not; None for as
+            many as fit.
         ctx_size: tokens of context.
         cache_type: as `CacheType` writes it.
         chunk_size, max_batch_size, cache_window, cache_size: as in `RunOptions`.
@@ -78,7 +82,7 @@ class Asked:
 
     plan: int
     first_layer: int
-    takes_all: bool
+    end_layer: int | None
     ctx_size: int
     cache_type: str
     chunk_size: int
@@ -88,10 +92,10 @@ class Asked:
 
     @classmethod
     def of(
-        cls, plan: int, first_layer: int, takes_all: bool, ctx_size: int, run: RunOptions
+        cls, plan: int, first_layer: int, end_layer: int | None, ctx_size: int, run: RunOptions
     ) -> Asked:
         """Ask for a run."""
-        return cls(plan, first_layer, takes_all, ctx_size, str(run.cache_type), run.chunk_size,
+        return cls(plan, first_layer, end_layer, ctx_size, str(run.cache_type), run.chunk_size,
                    run.max_batch_size, run.cache_window, run.cache_size)
 
     def run(self) -> RunOptions:

@@ -67,13 +67,15 @@ class RemotePlanner:
         machine: whom to ask.
         connection: over which.
         plan: the number of the plan that the machine has begun.
+        reply: what it answered then.
         num_layers: of the model.
     """
 
     def __init__(
-        self, machine: Machine, connection: Connection, plan: int, num_layers: int
+        self, machine: Machine, connection: Connection, plan: int, reply: PlanReply,
+        num_layers: int,
     ) -> None:
-        self.machine, self.plan = machine, plan
+        self.machine, self.plan, self.reply = machine, plan, reply
         self._connection, self._num_layers = connection, num_layers
         self._assigned: dict[Asked, Assigned] = {}
 
@@ -131,15 +133,17 @@ class RemotePlanner:
 
     def _check(self, asked: Asked, assigned: Assigned) -> None:
         """Refuse an answer with which the plan could not go on."""
-        least = self._num_layers if asked.takes_all else asked.first_layer
+        least, most = asked.first_layer, self._num_layers
+        if asked.end_layer is not None:
+            least = most = asked.end_layer
         holds_none = assigned.end_layer == asked.first_layer
         if (
-            not least <= assigned.end_layer <= self._num_layers
+            not least <= assigned.end_layer <= most
             or holds_none != (not assigned.headroom_bytes)
         ):
             raise MachineRefused(
                 f"{self.machine.name}: the layers from {asked.first_layer} on",
-                expected=f"an end from {least} to {self._num_layers}, and the headroom of the "
+                expected=f"an end from {least} to {most}, and the headroom of the "
                 "devices that hold them",
                 actual=f"end {assigned.end_layer} on {len(assigned.headroom_bytes)} devices",
             )
@@ -147,7 +151,7 @@ class RemotePlanner:
 
 def begin(
     connection: Connection, requests: Mapping[int, PlanRequest], num_layers: int
-) -> tuple[list[RemotePlanner], int]:
+) -> list[RemotePlanner]:
     """Begin a plan on the other machines, all at the same time.
 
     Args:
@@ -155,20 +159,19 @@ def begin(
         num_layers: of the model.
 
     Returns:
-        The machines in order, and the free memory of all their devices.
+        The machines in order.
 
     Raises:
         ExlLoaderError: a machine cannot be asked, has no copy of the folder, or refuses an option.
     """
     fields = {place: to_json(request) for place, request in requests.items()}
     replies = connection.ask_each(fields, PLAN)
-    machines = connection.others
-    free = sum(
-        from_json(PlanReply, replies[machine.place], machine.name).free_bytes
-        for machine in machines
-    )
-    planners = [
-        RemotePlanner(machine, connection, requests[machine.place].plan, num_layers)
-        for machine in machines
-    ]
-    return planners, free
+    planners = []
+    for machine in connection.others:
+        reply = from_json(PlanReply, replies[machine.place], machine.name)
+        if reply.speed < 1:
+            raise MachineRefused(machine.name, expected="a speed of at least 1",
+                                 actual=reply.speed)
+        plan = requests[machine.place].plan
+        planners.append(RemotePlanner(machine, connection, plan, reply, num_layers))
+    return planners

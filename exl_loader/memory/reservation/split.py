@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -163,3 +165,93 @@ class _Bracket:
         fitting = [count for count, left in headrooms.items() if left >= 0]
         self.low = max([self.low, *fitting])
         self._high = min([self._high, *headrooms.keys() - fitting])
+
+
+@dataclass(frozen=True)
+class Work:
+    """What machines do for a token, in bytes of weights that are read.
+
+    Args:
+        layers: of the first n layers together, for every n from 0.
+        ends: of what the first machine has besides layers.
+    """
+
+    layers: tuple[int, ...]
+    ends: int
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return len(self.layers) - 1
+
+
+def even_split(
+    work: Work, speeds: Sequence[int], ends: Sequence[Sequence[int]] | None = None
+) -> list[range] | None:
+    """Split layers over machines so that the slowest one takes as little time as possible.
+
+    While a machine runs its layers of one pass, the others run theirs of other passes. So the
+    slowest machine decides how many passes end in a second. Of splits with the same slowest one,
+    that is taken in which the first machine has the fewest layers, because it also draws tokens,
+    and the layers after these are split by the same rule.
+
+    Args:
+        speeds: work that each machine does in a unit of time.
+        ends: for each machine and each first layer from 0, the end of the layers that fit there;
+            later first layers never have earlier ends. None where all layers fit everywhere.
+
+    Returns:
+        The layers of each machine, in order: at least one for the first machine, and an empty
+        range for a machine that holds none. None where no split fits.
+    """
+    if ends is None:
+        ends = [(work.num_layers,) * work.num_layers] * len(speeds)
+    ranges: list[range] = []
+    start = 0
+    for place in range(len(speeds)):
+        end = _fewest_layers(start, work, speeds[place:], ends[place:])
+        if end is None:
+            return None
+        ranges.append(range(start, end))
+        # What is left of the work has no ends.
+        start, work = end, Work(work.layers, 0)
+    return ranges
+
+
+def _fewest_layers(
+    start: int, work: Work, speeds: Sequence[int], ends: Sequence[Sequence[int]]
+) -> int | None:
+    """Return the end of the first machine's layers in the best split of those from `start` on."""
+    low, high = 0, work.ends + work.layers[-1]
+    found = _end_within(high, start, work, speeds, ends)
+    while found is not None and low < high:
+        time = (low + high) // 2
+        end = _end_within(time, start, work, speeds, ends)
+        if end is None:
+            low = time + 1
+        else:
+            found, high = end, time
+    return found
+
+
+def _end_within(
+    time: int, start: int, work: Work, speeds: Sequence[int], ends: Sequence[Sequence[int]]
+) -> int | None:
+    """Return the end of the first machine's layers where those after it take the most they can.
+
+    Returns:
+        None where a machine would need more than `time`, or the layers do not fit.
+    """
+    layers, end = work.layers, work.num_layers
+    # Layer 0 stays on the first machine.
+    least = max(1, start)
+    for speed, own_ends in zip(speeds[:0:-1], ends[:0:-1], strict=True):
+        end = least + bisect_left(
+            range(least, end), True,
+            key=lambda first, end=end, speed=speed, own_ends=own_ends: (  # type: ignore[misc]
+                own_ends[first] >= end and layers[end] - layers[first] <= time * speed
+            ),
+        )
+    fits = end == start or ends[0][start] >= end
+    is_quick = work.ends + layers[end] - layers[start] <= time * speeds[0]
+    return end if fits and is_quick else None

@@ -1,11 +1,12 @@
 """Spread a model's layers over this machine and those after it.
 
-Each machine in turn takes as many layers as fit, as devices do, and the last one takes the rest.
+The work is split evenly where machines can be compared. Otherwise each machine in turn takes as
+many layers as fit, as devices do, and the last one takes the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,8 +14,9 @@ from .assignment import Assigner, DeviceShare
 from .options import RunOptions
 from .questions import Asked, Assigned
 from .remote import RemotePlanner
+from .split import even_split
 
-Key = TypeVar("Key")
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,18 @@ class Spreader:
 
     Args:
         assigner: assigns this machine's layers.
-        num_layers: of the model.
         others: the machines after this one, in order.
+        has_limits: `gpu_split` says how much of some machine is used.
     """
 
     def __init__(
-        self, assigner: Assigner, num_layers: int, others: Sequence[RemotePlanner] = ()
+        self, assigner: Assigner, others: Sequence[RemotePlanner] = (), has_limits: bool = False
     ) -> None:
-        self._assigner, self._num_layers, self._others = assigner, num_layers, others
+        self._assigner, self._num_layers, self._others = assigner, assigner.num_layers, others
+        kinds = {assigner.kind, *(other.reply.kind for other in others)}
+        self._splits_evenly = (
+            bool(others) and not has_limits and len(kinds) == 1 and "" not in kinds
+        )
 
     @property
     def has_others(self) -> bool:
@@ -85,31 +91,102 @@ class Spreader:
         These are all layers where no machine comes after it, and else as many as fit, at least
         one. No other machine is asked.
         """
-        shares = self._assigner.assign(ctx_size, run, takes_all=not self._others)
-        return Spread(shares, ()).headroom_bytes
+        return Spread(self._own_shares(ctx_size, run), ()).headroom_bytes
 
     def spread(self, runs: Mapping[Key, tuple[int, RunOptions]]) -> dict[Key, Spread]:
-        """Spread the layers for each run.
+        """Give each machine in turn as many layers as fit, and the last one the rest.
+
+        What fits in any split fits in this one.
 
         Args:
             runs: tokens of context and the other options, by any key.
         """
-        takes_all = not self._others
-        shares = {
-            key: self._assigner.assign(ctx_size, run, takes_all=takes_all)
-            for key, (ctx_size, run) in runs.items()
-        }
+        shares = {key: self._own_shares(*run) for key, run in runs.items()}
         ends = {key: max(share.layers.stop for share in own) for key, own in shares.items()}
         parts: dict[Key, list[OtherPart]] = {key: [] for key in runs}
         for other in self._others:
-            is_last = other is self._others[-1]
+            end_layer = self._num_layers if other is self._others[-1] else None
             asked = {
-                key: Asked.of(other.plan, end, is_last, *runs[key])
+                key: Asked.of(other.plan, end, end_layer, *runs[key])
                 for key, end in ends.items() if end < self._num_layers
             }
-            answers = other.assign(list(asked.values()))
-            for (key, question), assigned in zip(asked.items(), answers, strict=True):
-                if assigned.end_layer > question.first_layer:
-                    parts[key].append(OtherPart(other, question, assigned))
-                    ends[key] = assigned.end_layer
+            for key, part in _ask(other, asked).items():
+                if part.assigned.end_layer > part.asked.first_layer:
+                    parts[key].append(part)
+                    ends[key] = part.assigned.end_layer
         return {key: Spread(shares[key], parts[key]) for key in runs}
+
+    def spread_evenly(self, runs: Mapping[Key, tuple[int, RunOptions]]) -> dict[Key, Spread]:
+        """Split the work evenly, as `even_split` does, as far as the layers fit.
+
+        As `spread` where `gpu_split` has limits, where machines have devices of several kinds,
+        whose speeds cannot be compared, and where no split fits.
+        """
+        found: dict[Key, Spread] = {}
+        if self._splits_evenly:
+            work = self._assigner.work()
+            speeds = [self._assigner.speed, *(other.reply.speed for other in self._others)]
+            even = even_split(work, speeds)
+            assert even is not None
+            found = self._fitting(dict.fromkeys(runs, even), runs)
+            rest = {key: run for key, run in runs.items() if key not in found}
+            within = {
+                key: even_split(work, speeds, ends) for key, ends in self._ends(rest).items()
+            }
+            splits = {key: ranges for key, ranges in within.items() if ranges is not None}
+            found |= self._fitting(splits, runs)
+        rest = {key: run for key, run in runs.items() if key not in found}
+        found |= self.spread(rest)
+        return {key: found[key] for key in runs}
+
+    def _own_shares(self, ctx_size: int, run: RunOptions) -> list[DeviceShare]:
+        """Return the shares of all layers, or of as many as fit if other machines follow."""
+        end_layer = None if self._others else self._num_layers
+        return self._assigner.assign(ctx_size, run, end_layer=end_layer)
+
+    def _fitting(
+        self, splits: Mapping[Key, Sequence[range]], runs: Mapping[Key, tuple[int, RunOptions]]
+    ) -> dict[Key, Spread]:
+        """Return those of these splits whose layers fit on every machine."""
+        shares = {
+            key: self._assigner.assign(*runs[key], end_layer=ranges[0].stop)
+            for key, ranges in splits.items()
+        }
+        parts: dict[Key, list[OtherPart]] = {key: [] for key in splits}
+        for place, other in enumerate(self._others, start=1):
+            asked = {
+                key: Asked.of(other.plan, ranges[place].start, ranges[place].stop, *runs[key])
+                for key, ranges in splits.items() if ranges[place]
+            }
+            for key, part in _ask(other, asked).items():
+                parts[key].append(part)
+        spreads = {key: Spread(shares[key], parts[key]) for key in splits}
+        return {key: spread for key, spread in spreads.items() if spread.headroom_bytes >= 0}
+
+    def _ends(self, runs: Mapping[Key, tuple[int, RunOptions]]) -> dict[Key, list[list[int]]]:
+        """Return for each run what `even_split` takes as `ends`."""
+        found = {
+            # Only the first layer of the first machine is 0.
+            key: [[max(share.layers.stop for share in self._own_shares(*run))]]
+            for key, run in runs.items()
+        }
+        for other in self._others:
+            asked = {
+                (key, first): Asked.of(other.plan, first, None, *run)
+                for key, run in runs.items() for first in range(1, self._num_layers)
+            }
+            parts = _ask(other, asked)
+            for key in runs:
+                ends = [parts[key, i].assigned.end_layer for i in range(1, self._num_layers)]
+                # Nothing begins at layer 0 there.
+                found[key].append([0, *ends])
+        return found
+
+
+def _ask(other: RemotePlanner, asked: Mapping[Key, Asked]) -> dict[Key, OtherPart]:
+    """Ask a machine for several runs at once."""
+    answers = other.assign(list(asked.values()))
+    return {
+        key: OtherPart(other, question, assigned)
+        for (key, question), assigned in zip(asked.items(), answers, strict=True)
+    }

@@ -68,6 +68,11 @@ class Experts(Block):
         if self.correction is not None:
             yield self.correction
 
+    def unread_bytes(self) -> int:
+        linears = (linear for expert in self.experts for linear in expert.weights())
+        nbytes = sum(spec.nbytes for linear in linears for spec in linear.specs())
+        return nbytes * (len(self.experts) - self.top_k) // len(self.experts)
+
     def input_groups(self) -> list[list[Linear]]:
         """The experts' linear layers; router and gate stay float16."""
         experts = self.experts if self.shared is None else (*self.experts, self.shared)

@@ -113,6 +113,10 @@ class Block(ABC):
     def weights(self) -> Iterator[Norm | Linear | Vector]:
         """Every norm, linear layer and vector, in the order in which they are read."""
 
+    def unread_bytes(self) -> int:
+        """Return the bytes of the weights that a row does not run through."""
+        return 0
+
     @abstractmethod
     def input_groups(self) -> list[list[Linear]]:
         """The linear layers that a converter quantises, those with the same input together."""
