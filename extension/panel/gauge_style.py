@@ -118,8 +118,9 @@ _RULES = """\
   box-shadow: inset 0 0 0 1px var(--exl-accent); }
 .exl-gauge .exl-choices > div > button:disabled { cursor: default; }
 .exl-gauge .exl-choices > div > button:disabled b { color: var(--exl-soft); }
-.exl-gauge details { margin-top: 0.35em; }
-.exl-gauge summary { cursor: pointer; color: var(--exl-soft); padding-block: 0.1em; }
+.exl-gauge details { margin-top: 0.2em; }
+.exl-gauge summary { cursor: pointer; color: var(--exl-soft); padding-block: 0.15em;
+  min-height: 24px; }
 .exl-gauge pre { white-space: pre; overflow-wrap: normal; font-size: 0.85em;
   max-height: 22em; overflow: auto; background: var(--exl-track); padding: 0.7em;
   border-radius: 8px; margin: 0.5em 0 0; }
