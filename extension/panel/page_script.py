@@ -116,15 +116,18 @@ root.addEventListener("scroll", event => {
 }, true);
 root.addEventListener("mousedown", event => {
   const element = event.target.closest("button, summary");
-  pressed = element && event.button === 0 ? named(element) : null;
+  pressed = element && event.button === 0
+    ? {...named(element), x: event.clientX, y: event.clientY} : null;
 });
 document.addEventListener("mouseup", event => {
-  const {element, tag, name} = pressed ?? {};
+  const {element, tag, name, x, y} = pressed ?? {};
   pressed = null;
-  if (!element || element.isConnected) return;
-  // Browsers send no click if the element under the mouse has been replaced since it was pressed.
-  const found = event.target.closest(tag);
-  if (root.contains(found) && nameOf(found) === name) found.click();
+  if (!element || element.contains(event.target)) return;
+  // Browsers send no click if the element under the mouse has been replaced, or has moved away from
+  // under a mouse that is where it was, since it was pressed.
+  const isStill = Math.hypot(event.clientX - x, event.clientY - y) < 4;
+  const found = all(tag).find(other => nameOf(other) === name);
+  if (found && (isStill || found.contains(event.target))) found.click();
 });
 root.addEventListener("focusin", event => { focused = named(event.target); });
 root.addEventListener("focusout", event => queueMicrotask(() => {

@@ -207,7 +207,18 @@ def test_a_click_counts_although_a_drawing_comes_before_the_mouse_is_released(ke
         kept.evaluate("draw", drawn(["one", "2"]))
         kept.get_by_role("button", name=last).hover()
         kept.mouse.up()
-    assert kept.evaluate("clicked") == ["2", "one"]
+    # Moved away from under the mouse it is one, and none of what is there now.
+    for redrawn in (["one", "2"], ["one", "3"]):
+        kept.get_by_role("button", name="one").hover()
+        kept.mouse.down()
+        kept.evaluate("draw", drawn(redrawn).replace("<button>", "<p>a line</p><button>", 1))
+        kept.mouse.up()
+    kept.evaluate("draw", drawn(["one", "2"]))
+    kept.get_by_role("button", name="2").hover()
+    kept.mouse.down()
+    kept.evaluate("document.body.prepend(document.createElement('h1'), 'a line')")
+    kept.mouse.up()
+    assert kept.evaluate("clicked") == ["2", "one", "one", "one", "2"]
 
 
 def test_a_drawing_takes_no_focus_that_is_elsewhere(kept):
