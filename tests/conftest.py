@@ -302,6 +302,14 @@ def browser():
 
 
 @pytest.fixture
+def context(browser):
+    """A browser of its own, with tabs and storage."""
+    context = browser.new_context()
+    yield context
+    context.close()
+
+
+@pytest.fixture
 def reference_operations(no_other_model, monkeypatch):
     """Use the reference operations, for errors that Python finds, so that nothing is compiled."""
     monkeypatch.setenv("EXL_LOADER_REFERENCE", "1")

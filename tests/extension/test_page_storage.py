@@ -8,6 +8,7 @@ import pytest
 from extension.page import browser_storage
 from extension.page.browser_script import MAX_FILE_BYTES
 from support.ports import free_port
+from support.tiny import give_chat_template
 from support.webui_page import CHROMIUM
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -22,10 +23,6 @@ pytestmark = [
 
 expect = sync_api.expect
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
 # Nothing listens there; the tests answer for it.
 ORIGIN = "http://127.0.0.1:9/"
 BLANK = {"body": "<!doctype html><title>a page</title>", "content_type": "text/html"}
@@ -250,16 +247,8 @@ def test_a_conversation_that_no_request_can_carry_is_not_kept_and_the_one_before
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = write_endless_model(tmp_path_factory.mktemp("models") / "talker")
-    config = folder / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": TEMPLATE}))
+    give_chat_template(folder)
     return folder
-
-
-@pytest.fixture
-def context(browser):
-    context = browser.new_context()
-    yield context
-    context.close()
 
 
 def say(page, text):
@@ -317,9 +306,9 @@ def test_conversations_outlive_a_server_that_is_killed_while_it_writes(context, 
         with Page(context, address) as closed:
             set_length(closed, 20)
             say(closed, "closed one")
-            expect(answer(closed)).to_have_text("a" * 20, timeout=WAIT_MS)
+            expect(answer(closed)).to_have_text("a" * 20)
             closed.click("#exl_new")
-            expect(question(closed)).to_have_count(0, timeout=WAIT_MS)
+            expect(question(closed)).to_have_count(0)
         page, other = Page(context, address), Page(context, address)
         page.page.bring_to_front()
         page.click("#exl_system_fold > button")
@@ -329,7 +318,7 @@ def test_conversations_outlive_a_server_that_is_killed_while_it_writes(context, 
         wait_until_longer(page, 100)
         other.page.bring_to_front()
         choose(other, "Hello")
-        expect(question(other)).to_have_text("Hello", timeout=WAIT_MS)
+        expect(question(other)).to_have_text("Hello")
         wait_until_longer(other, 150)
         page.page.bring_to_front()
         wait_until_longer(page, 200)
@@ -342,35 +331,35 @@ def test_conversations_outlive_a_server_that_is_killed_while_it_writes(context, 
     with running(str(model), "--port", port):
         for tab in (page, other):
             tab.page.bring_to_front()
-            expect(tab.page.locator("#exl_gone")).to_have_count(0, timeout=WAIT_MS)
+            expect(tab.page.locator("#exl_gone")).to_have_count(0)
             tab.wait_until_open()
-            expect(question(tab)).to_have_text("Hello", timeout=WAIT_MS)
+            expect(question(tab)).to_have_text("Hello")
             assert len(answer(tab).inner_text()) >= received
             tab.expect_text("#exl_notice", "ended while this was written")
         page.page.bring_to_front()
         expect(page.page.locator("#exl_message textarea")).to_have_value(
-            "typed without a server", timeout=WAIT_MS)
+            "typed without a server")
         page.click("#exl_system_fold > button")
         assert page.value("#exl_system textarea") == "Be brief."
         set_length(page, 30)
         before = len(answer(page).inner_text())
         page.click("#exl_continue")
         page.expect_text("#exl_stats", "seed")
-        expect(answer(page)).to_have_text("a" * (before + 30), timeout=WAIT_MS)
+        expect(answer(page)).to_have_text("a" * (before + 30))
         # What a closed tab wrote.
         choose(page, "closed one")
-        expect(answer(page)).to_have_text("a" * 20, timeout=WAIT_MS)
+        expect(answer(page)).to_have_text("a" * 20)
         # The other tab shows what the first one has continued, and loses it when it is deleted.
         other.page.bring_to_front()
-        expect(answer(other)).to_have_text("a" * (before + 30), timeout=WAIT_MS)
+        expect(answer(other)).to_have_text("a" * (before + 30))
         page.page.bring_to_front()
         choose(page, "Hello")
-        expect(question(page)).to_have_text("Hello", timeout=WAIT_MS)
+        expect(question(page)).to_have_text("Hello")
         page.page.once("dialog", lambda dialog: dialog.accept())
         page.click("#exl_delete")
-        expect(question(page)).to_have_count(0, timeout=WAIT_MS)
+        expect(question(page)).to_have_count(0)
         other.page.bring_to_front()
-        expect(question(other)).to_have_count(0, timeout=WAIT_MS)
+        expect(question(other)).to_have_count(0)
         other.wait_until_open()
         other.click("#exl_picker input")
         expect(other.page.get_by_role("option", name="closed one")).to_be_visible(
@@ -393,7 +382,7 @@ def test_a_browser_without_storage_chats_and_a_record_that_cannot_be_read_stays(
         with Page(without, address) as page:
             set_length(page, 10)
             say(page, "nowhere")
-            expect(answer(page)).to_have_text("a" * 10, timeout=WAIT_MS)
+            expect(answer(page)).to_have_text("a" * 10)
             page.expect_text("#exl_unkept", "keeps no conversations")
         without.close()
         with Page(context, address) as page:
@@ -411,6 +400,6 @@ def test_a_browser_without_storage_chats_and_a_record_that_cannot_be_read_stays(
             found = page.page.evaluate("window.exlStorage.find('0'.repeat(32))")
             assert json.loads(found[0])["format"] == "other"
             choose(page, "before")
-            expect(question(page)).to_have_text("before", timeout=WAIT_MS)
+            expect(question(page)).to_have_text("before")
             assert page.page.evaluate("sessionStorage.exl_loader_conversation") == own
             expect(page.page.locator("#exl_unkept")).to_have_count(0)

@@ -8,18 +8,13 @@ import json
 
 import pytest
 
-from support.tiny import write_tiny_model
+from support.tiny import give_chat_template, write_tiny_model
 from support.webui_page import CHROMIUM
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
 
 from support.page_server import WAIT_MS, Page, serve, write_endless_model  # noqa: E402
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
 
 LOG = "#exl_chatbot [role=log]"
 TEXT = "#exl_text textarea"
@@ -36,8 +31,7 @@ expect = sync_api.expect
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     talker = write_endless_model(folder / "talker")
-    config = talker / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": TEMPLATE}))
+    give_chat_template(talker)
     write_tiny_model(folder / "silent")
     (folder / "llama.gguf").write_bytes(b"GGUF")
     return folder
@@ -57,14 +51,6 @@ def address(server, browser, models):
     return server
 
 
-@pytest.fixture
-def context(browser):
-    """A browser of its own, with tabs and storage."""
-    context = browser.new_context()
-    yield context
-    context.close()
-
-
 def set_length(page, tokens):
     if not page.page.locator("#exl_max_new_tokens input").is_visible():
         page.click("#exl_settings > button")
@@ -78,11 +64,11 @@ def say(page, text):
 
 
 def expect_writing(page, stop="#exl_stop_chat"):
-    expect(page.page.locator(stop)).to_be_enabled(timeout=WAIT_MS)
+    expect(page.page.locator(stop)).to_be_enabled()
 
 
 def expect_idle(page, stop="#exl_stop_chat"):
-    expect(page.page.locator(stop)).to_be_disabled(timeout=WAIT_MS)
+    expect(page.page.locator(stop)).to_be_disabled()
 
 
 def answers(page):
@@ -126,7 +112,7 @@ def test_a_chat_is_written_continued_written_again_and_edited(browser, address):
     with Page(browser, address) as page:
         set_length(page, 20)
         say(page, "Hello <b>you</b>")
-        expect(answers(page)).to_have_text("a" * 20, timeout=WAIT_MS)
+        expect(answers(page)).to_have_text("a" * 20)
         expect(questions(page)).to_contain_text("Hello")
         assert page.page.locator("#exl_message textarea").input_value() == ""
         page.expect_text("#exl_stats", "20 tokens")
@@ -135,22 +121,22 @@ def test_a_chat_is_written_continued_written_again_and_edited(browser, address):
             expect(page.page.get_by_role("button", name=name).last).to_be_visible()
 
         page.click("#exl_continue")
-        expect(answers(page)).to_have_text("a" * 40, timeout=WAIT_MS)
+        expect(answers(page)).to_have_text("a" * 40)
         expect_idle(page)
         page.click("#exl_regenerate")
-        expect(answers(page)).to_have_text("a" * 20, timeout=WAIT_MS)
+        expect(answers(page)).to_have_text("a" * 20)
         say(page, "And now?")
-        expect(answers(page)).to_have_count(2, timeout=WAIT_MS)
+        expect(answers(page)).to_have_count(2)
         expect_idle(page)
 
         # Another answer stays, another question drops what followed it.
         edit(page, 1, "edited answer")
-        expect(answers(page).first).to_have_text("edited answer", timeout=WAIT_MS)
+        expect(answers(page).first).to_have_text("edited answer")
         expect(answers(page)).to_have_count(2)
         edit(page, 0, "Who are you?")
-        expect(questions(page)).to_have_count(1, timeout=WAIT_MS)
+        expect(questions(page)).to_have_count(1)
         expect(questions(page)).to_have_text("Who are you?")
-        expect(answers(page)).to_have_text("a" * 20, timeout=WAIT_MS)
+        expect(answers(page)).to_have_text("a" * 20)
 
 
 def edit(page, index, text):
@@ -203,7 +189,7 @@ def test_the_notebook_scrolls_with_what_is_written_but_not_under_a_reader(browse
         expect_idle(page, "#exl_stop")
         assert len(page.value(TEXT)) > written
         page.click("#exl_undo")
-        expect(page.page.locator(TEXT)).to_have_value("one two three\n" * 60, timeout=WAIT_MS)
+        expect(page.page.locator(TEXT)).to_have_value("one two three\n" * 60)
 
 
 def test_a_text_that_was_written_while_it_was_hidden_is_shown_at_its_end(browser, address):
@@ -216,7 +202,7 @@ def test_a_text_that_was_written_while_it_was_hidden_is_shown_at_its_end(browser
         page.page.get_by_role("tab", name="Chat").click()
         page.page.wait_for_function(
             "([css, than]) => document.querySelector(css).value.length > than", arg=[TEXT, 2500],
-            timeout=5 * WAIT_MS)
+            timeout=2 * WAIT_MS)
         page.page.get_by_role("tab", name="Notebook").click()
         expect_at_end(page, TEXT)
         page.click("#exl_stop")
@@ -225,9 +211,9 @@ def test_a_text_that_was_written_while_it_was_hidden_is_shown_at_its_end(browser
         page.page.get_by_role("tab", name="Chat").click()
         set_length(page, 5)
         say(page, "\n\n".join("one two three" for _ in range(30)))
-        expect(answers(page)).to_have_count(1, timeout=WAIT_MS)
+        expect(answers(page)).to_have_count(1)
         page.reload()
-        expect(questions(page)).to_have_count(1, timeout=WAIT_MS)
+        expect(questions(page)).to_have_count(1)
         expect_at_end(page, LOG)
         page.page.get_by_role("tab", name="Notebook").click()
         expect_at_end(page, TEXT)
@@ -249,7 +235,7 @@ def test_a_reload_loses_nothing_and_goes_on_with_the_text(context, address):
             page.page.locator("#exl_message textarea").press_sequentially("next question")
         before = length_of_answer(page)
         page.reload()
-        expect(questions(page)).to_have_text("Hello", timeout=WAIT_MS)
+        expect(questions(page)).to_have_text("Hello")
         expect_writing(page)
         wait_until_longer(page, before + 100)
         assert page.value("#exl_message textarea") == "next question"
@@ -266,7 +252,7 @@ def test_a_reload_loses_nothing_and_goes_on_with_the_text(context, address):
         page.page.locator(TEXT).press_sequentially("typed", delay=50)
         page.reload()
         page.page.get_by_role("tab", name="Notebook").click()
-        expect(page.page.locator(TEXT)).to_have_value("typed", timeout=WAIT_MS)
+        expect(page.page.locator(TEXT)).to_have_value("typed")
 
 
 def test_tabs_write_at_once_and_stop_alone(context, address):
@@ -290,9 +276,9 @@ def test_tabs_write_at_once_and_stop_alone(context, address):
     with Page(context, address) as third:
         third.click("#exl_picker input")
         third.page.get_by_role("option", name="second").click()
-        expect(questions(third)).to_have_text("second", timeout=WAIT_MS)
+        expect(questions(third)).to_have_text("second")
         third.click("#exl_new")
-        expect(questions(third)).to_have_count(0, timeout=WAIT_MS)
+        expect(questions(third)).to_have_count(0)
         third.reload()
         expect(questions(third)).to_have_count(0)
 
@@ -301,7 +287,7 @@ def test_another_browser_does_not_see_the_conversations(browser, address):
     with Page(browser, address) as page:
         set_length(page, 5)
         say(page, "a secret")
-        expect(answers(page)).to_have_count(1, timeout=WAIT_MS)
+        expect(answers(page)).to_have_count(1)
     with Page(browser, address) as other:
         other.click("#exl_picker input")
         expect(other.page.get_by_role("option", name="New conversation")).to_be_visible()
@@ -315,7 +301,7 @@ def test_a_conversation_is_saved_and_opened_and_a_bad_file_changes_nothing(
     with Page(browser, address) as page:
         set_length(page, 15)
         say(page, "Keep this")
-        expect(answers(page)).to_have_text("a" * 15, timeout=WAIT_MS)
+        expect(answers(page)).to_have_text("a" * 15)
         with page.page.expect_download() as download:
             page.click("#exl_save")
         assert download.value.suggested_filename == "conversation.json"
@@ -324,9 +310,9 @@ def test_a_conversation_is_saved_and_opened_and_a_bad_file_changes_nothing(
         assert messages == [{"role": "user", "content": "Keep this"},
                             {"role": "assistant", "content": "a" * 15}]
         page.click("#exl_new")
-        expect(questions(page)).to_have_count(0, timeout=WAIT_MS)
+        expect(questions(page)).to_have_count(0)
         say(page, "Another")
-        expect(answers(page)).to_have_text("a" * 15, timeout=WAIT_MS)
+        expect(answers(page)).to_have_text("a" * 15)
 
         for data in (b"{", b'{"messages": [{"role": "user"}]}', b"\xff\xfe\x00"):
             bad = tmp_path / "bad.json"
@@ -336,7 +322,7 @@ def test_a_conversation_is_saved_and_opened_and_a_bad_file_changes_nothing(
             expect(questions(page)).to_have_text("Another")
         set_length(page, 3)
         choose_file(page, saved)
-        expect(questions(page)).to_have_text("Keep this", timeout=WAIT_MS)
+        expect(questions(page)).to_have_text("Keep this")
         expect(page.page.locator("#exl_problem")).not_to_be_visible()
         expect(page.page.locator("#exl_max_new_tokens input")).to_have_value("15")
 
@@ -362,7 +348,7 @@ def test_another_model_ends_the_text_of_every_tab_with_a_message(context, addres
         first.expect_gauge("silent")
         second.load_model(models / "talker")
         first.expect_text("#exl_line", "talker")
-        expect(questions(first)).to_have_text("Hello", timeout=WAIT_MS)
+        expect(questions(first)).to_have_text("Hello")
         assert length_of_answer(first) > 50
         second.click("#exl_unload")
         first.expect_text("#exl_line", "No model is loaded")
@@ -428,7 +414,7 @@ def test_what_is_clicked_is_large_enough_and_no_text_is_cut_on_a_narrow_screen(b
             }"""), hint
         set_length(page, 5)
         say(page, "Hello")
-        expect(answers(page)).to_have_count(1, timeout=WAIT_MS)
+        expect(answers(page)).to_have_count(1)
         expect_idle(page)
         assert page.page.evaluate(SMALL) == []
         page.page.get_by_role("button", name="Edit").first.click()

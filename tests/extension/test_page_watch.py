@@ -16,7 +16,7 @@ from extension.page.session import Session  # noqa: E402
 from extension.page.text_view import _typed  # noqa: E402
 from extension.page.watch import MAX_TAB_BYTES, Watch  # noqa: E402
 from extension.page.writing import Conversations, OpenConversation, new_key  # noqa: E402
-from support.page_server import WAIT_MS, Page, serve  # noqa: E402
+from support.page_server import Page, serve  # noqa: E402
 
 expect = sync_api.expect
 
@@ -106,15 +106,15 @@ def test_what_was_just_typed_outlives_a_reload_and_the_server(browser, tmp_path)
         page.page.keyboard.type("typed just now")
         page.page.unroute("**/run/predict")
         page.reload()
-        expect(page.page.locator(TEXT)).to_have_value("typed just now", timeout=WAIT_MS)
+        expect(page.page.locator(TEXT)).to_have_value("typed just now")
 
         server.close()
         page.expect_text("#exl_gone", "does not answer")
         server = serve(str(folder), "--port", port)
         next(server)
-        expect(page.page.locator("#exl_gone")).to_have_count(0, timeout=WAIT_MS)
+        expect(page.page.locator("#exl_gone")).to_have_count(0)
         page.wait_until_open()
-        expect(page.page.locator(TEXT)).to_have_value("typed just now", timeout=WAIT_MS)
+        expect(page.page.locator(TEXT)).to_have_value("typed just now")
         # The requests of the server that had ended.
         page.errors.clear()
     server.close()

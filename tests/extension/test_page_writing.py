@@ -20,11 +20,8 @@ from extension.page.writing import (
     new_key,
 )
 from extension.panel.panel import ModelChoice
+from support.tiny import give_chat_template
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
 SHORT = {"max_new_tokens": 6, "temperature": 0}
 LONG = {"max_new_tokens": 4000, "temperature": 0, "ban_eos_token": True}
 
@@ -32,8 +29,7 @@ LONG = {"max_new_tokens": 4000, "temperature": 0, "ban_eos_token": True}
 @pytest.fixture
 def session(tiny_model):
     folder = tiny_model("talker")
-    config = folder / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": TEMPLATE}))
+    give_chat_template(folder)
     session = Session()
     session.start_load(ModelChoice(str(folder), ctx_size=8192))
     assert session.wait() == ""

@@ -99,3 +99,17 @@ def write_tiny_model(
     if tokenizer:
         write_tokenizer(folder, config["vocab_size"])
     return folder
+
+
+# A chat template of plain text, for models of tests.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def give_chat_template(folder: Path) -> Path:
+    """Give a model's folder a chat template; return the folder."""
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": CHAT_TEMPLATE}))
+    return folder

@@ -14,7 +14,7 @@ CHROMIUM = shutil.which("chromium")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync")
 SCREENSHOTS = os.environ.get("EXL_LOADER_SCREENSHOTS")
-WAIT_MS = 60_000
+WAIT_MS = 180_000
 
 # Slow enough to be watched and stopped, and long enough for both.
 SETTINGS = """\
