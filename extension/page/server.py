@@ -27,12 +27,13 @@ except KeyboardInterrupt:  # the import takes seconds
 from exl_loader.commands.model_options import DEMO_MODEL
 
 from ..panel.panel import ModelChoice
+from .connection import HeadScript, Repeats, head_html
 from .downloads import Downloads
 from .guard import AllowedHosts, Guard, host_name
 from .model_view import ModelView
 from .session import Session
-from .text_view import TextView
-from .watch import Watch
+from .text_view import TAB_ELEM_ID, TextView
+from .watch import PATH, Watch
 from .widgets import html_block
 
 TITLE = "exl_loader"
@@ -79,8 +80,6 @@ PAGE_STYLE = """\
 #exl_download table.exl-plan thead th { color: var(--exl-soft); white-space: normal;
   vertical-align: bottom; }
 #exl_download ul { margin: 0.3em 0; padding-left: 1.2em; }
-#exl_gone { position: fixed; inset: auto 0 0 0; margin: 0; padding: 0.7em 1em; z-index: 1000;
-  background: var(--color-accent); color: white; text-align: center; }
 footer { display: none !important; }
 /* The controls that the browser draws itself, such as scroll bars, follow the page's theme. */
 :root:has(body.dark), .dark { color-scheme: dark; }
@@ -180,7 +179,9 @@ def launch(
     page.app.router.routes.insert(0, watch.route())
     # Gradio wraps its own middleware around the guard, which would answer some requests first.
     page.app.user_middleware.remove(guard)
-    page.app.user_middleware.insert(0, guard)
+    page.app.user_middleware[:0] = [guard, Middleware(Repeats)]
+    # Inside of Gradio's, which compresses.
+    page.app.user_middleware.append(Middleware(HeadScript, html=head_html(TAB_ELEM_ID, PATH)))
     page.app.middleware_stack = page.app.build_middleware_stack()
     if shared:
         allowed.add(urlsplit(shared).hostname or "")

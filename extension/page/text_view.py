@@ -61,6 +61,9 @@ from .writing import (
 
 SAVED_NAME = "conversation.json"
 
+# Id of the hidden field with the tab's name, which is empty until the page is open.
+TAB_ELEM_ID = "exl_tab"
+
 # The fields of `Conversation` that a person types into, and where the page has them.
 TYPED_FIELDS = {"draft": "#exl_message", "text": "#exl_text", "system": "#exl_system"}
 
@@ -99,7 +102,7 @@ class TextView:
         self.settings = SettingsView()
         # `BROWSER/CONVERSATION`, what the tab shows of it and of the model, a file's text, and
         # what the browser has to keep.
-        self.tab = hidden_field("exl_tab")
+        self.tab = hidden_field(TAB_ELEM_ID)
         self.seen = hidden_field("exl_seen")
         self.seen_model = hidden_field("exl_seen_by_text")
         self.file = hidden_field("exl_file")

@@ -25,8 +25,6 @@ from .widgets import QUICK, hidden_field
 BUSY_MS, IDLE_MS = 100, 1000
 # A drawing that has not arrived after this time counts as lost.
 LOST_DRAWING_MS = 30_000
-# A page without a conversation after this time says so.
-UNOPENED_MS = 60_000
 # After so many questions without an answer the tab says that the server is gone.
 LOST_AFTER = 3
 
@@ -35,7 +33,6 @@ PATH = "exl_loader/versions"
 # The name of a tab is 65 characters.
 MAX_TAB_BYTES = 200
 
-UNOPENED = "This page has not opened. Reload it; its conversations are kept."
 GONE = "exl_loader does not answer. Start it again, and this page goes on."
 
 
@@ -127,12 +124,7 @@ def ask_for_versions(tab_id: str) -> str:
   if (window.exlDrawing) return;
   const drawing = window.exlDrawing = new Map(), drawn = {{}};
   const fieldOf = id => document.querySelector(`#${{id}} textarea, #${{id}} input`);
-  let lost = 0, unknown = 0, timer = null, asking = false, line = null;
-  const say = text => {{
-    line ??= document.body.appendChild(Object.assign(
-      document.createElement("p"), {{id: "exl_gone", role: "alert"}}));
-    line.textContent = text;
-  }};
+  let lost = 0, unknown = 0, timer = null, asking = false;
   const draw = (name, version) => {{
     const id = `exl_watch_${{name}}`, field = fieldOf(id);
     const isDrawn = Date.now() - (drawing.get(id) ?? 0) < {LOST_DRAWING_MS};
@@ -142,12 +134,10 @@ def ask_for_versions(tab_id: str) -> str:
     field.value = `${{version}} ${{Date.now()}}`;
     field.dispatchEvent(new Event("input", {{bubbles: true}}));
   }};
-  const began = Date.now();
   const ask = async () => {{
     const tab = fieldOf({json.dumps(tab_id)})?.value;
     let pause = {BUSY_MS};
     try {{
-      if (!tab && Date.now() - began > {UNOPENED_MS}) say({json.dumps(UNOPENED)});
       if (tab) {{
         const answer = await fetch("{PATH}", {{method: "POST", body: tab, cache: "no-store"}});
         // A tab whose conversation has just been deleted gets another name.
@@ -157,8 +147,7 @@ def ask_for_versions(tab_id: str) -> str:
           return new Promise(() => {{ }});
         }}
         lost = 0;
-        line?.remove();
-        line = null;
+        window.exlSay("");
         if (unknown) pause = {IDLE_MS};
         const {{versions, busy}} = answer.ok ? await answer.json() : {{versions: {{}}}};
         for (const [name, version] of Object.entries(versions)) draw(name, version);
@@ -166,7 +155,7 @@ def ask_for_versions(tab_id: str) -> str:
       }}
     }} catch {{
       pause = {IDLE_MS};
-      if (++lost === {LOST_AFTER}) say({json.dumps(GONE)});
+      if (++lost === {LOST_AFTER}) window.exlSay({json.dumps(GONE)});
     }}
     return pause;
   }};

@@ -3,7 +3,6 @@
 With EXL_LOADER_SCREENSHOTS=docs/images the pictures that the README shows are taken on the way.
 """
 
-import json
 import re
 import shutil
 import subprocess
@@ -14,17 +13,15 @@ import pytest
 
 from exl_loader import plan
 from exl_loader.commands.generate import DEMO_PROMPT
-from support.tiny import write_tiny_model
+from support.tiny import give_chat_template, write_tiny_model
 from support.webui_page import CHROMIUM
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
 
-from support.page_server import REPO, WAIT_MS, Page, serve, write_endless_model  # noqa: E402
+from support.page_server import REPO, Page, serve, write_endless_model  # noqa: E402
 
 DEMO_MODEL = REPO / "exl_loader" / "demo_model"
-
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 pytestmark = [
     pytest.mark.slow,
@@ -97,29 +94,13 @@ def test_the_shipped_model_loads_generates_follows_its_options_and_unloads(brows
 def write_on(page):
     """Have the notebook's text continued, after the one that is being written, to its end."""
     stop = page.page.locator("#exl_stop")
-    sync_api.expect(stop).to_be_disabled(timeout=WAIT_MS)
+    sync_api.expect(stop).to_be_disabled()
     before = len(page.value("#exl_text textarea"))
     page.click("#exl_write")
     page.page.wait_for_function(
         "than => document.querySelector('#exl_text textarea').value.length > than", arg=before)
-    sync_api.expect(stop).to_be_disabled(timeout=WAIT_MS)
+    sync_api.expect(stop).to_be_disabled()
     page.expect_text("#exl_stats", "seed")
-
-
-def choose(page, name, text):
-    """Click a choice of the gauge, again if nothing came of it.
-
-    Once, with two browsers on a busy machine, nothing did. The cause was not found.
-    """
-    for _ in range(3):
-        page.gauge.get_by_role("button", name=name).click()
-        try:
-            sync_api.expect(page.gauge.locator(".exl-model, [role=status]").filter(
-                has_text=text).first).to_be_visible(timeout=20_000)
-            return
-        except AssertionError:
-            continue
-    page.expect_gauge(text)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -141,11 +122,12 @@ def test_one_click_makes_a_model_fit(browser, tight_address, theme):
         sync_api.expect(details.locator("pre")).to_be_visible()
         sync_api.expect(details.locator("pre")).to_contain_text("Largest context that fits")
 
-        choose(page, "tokens of context, 8-bit cache", "Fits")
+        page.gauge.get_by_role("button", name="tokens of context, 8-bit cache").click()
+        page.expect_gauge("Fits")
         assert page.toggled("cache_8bit") and page.value("#exl_ctx_size input") == "1024"
         page.shoot("gauge-fits")
         page.gauge.locator("summary").click()
-        choose(page, "tokens of context, 16-bit cache", "16-bit cache")
+        page.gauge.get_by_role("button", name="tokens of context, 16-bit cache").click()
         page.expect_options("16-bit cache")
         page.expect_gauge("Fits")
         assert not page.toggled("cache_8bit")
@@ -290,10 +272,7 @@ def test_stop_ends_the_text_at_once_and_keeps_it(browser, address, tmp_path):
 def test_a_model_with_a_template_chats_and_the_page_can_be_opened_again(
     browser, address, tmp_path
 ):
-    folder = write_tiny_model(tmp_path / "talker")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["chat_template"] = TEMPLATE
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    folder = give_chat_template(write_tiny_model(tmp_path / "talker"))
     with Page(browser, address) as page:
         page.load_model(folder)
         page.page.locator("#exl_message textarea").fill("Hello <b>you</b>")
