@@ -115,6 +115,19 @@ def test_search_on_a_straight_line_needs_few_calls():
     assert len(calls) <= 6
 
 
+def test_search_past_a_jump_needs_few_calls():
+    """What fits counts for two devices here, and what does not fit for the one that is full."""
+    calls = []
+
+    def headroom(count: int) -> int:
+        calls.append(count)
+        left = 10**11 - 70_003 * count
+        return left + 10**10 if left >= 0 else left
+
+    assert largest_fitting(headroom, 3 * 10**6) == 10**11 // 70_003
+    assert len(calls) <= 8
+
+
 def test_search_among_no_counts_and_with_none_or_all_fitting():
     assert largest_fitting(lambda count: -1, 9) == 0
     assert largest_fitting(lambda count: 1, 0) == 0

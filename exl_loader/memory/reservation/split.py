@@ -77,8 +77,11 @@ def _search(upper: int) -> Generator[int, int, int]:
     """Yield counts, each for its headroom, and return the largest that fits.
 
     Every layer, and every page, takes nearly the same bytes as the one before, so a straight
-    line between two known points hits the answer almost at once. Every third step halves the
-    interval instead, which bounds the search where the line does not hit.
+    line between two known points hits the answer almost at once. Headroom may jump at the answer,
+    because what does not fit counts for one device and what fits for all. Therefore the steps in
+    turn take the line between the nearest points on both sides, then the line through the two
+    nearest points that do not fit, and then half of the interval, which bounds the search where
+    no line hits.
     """
     low, high = 1, upper
     headroom_low = (yield low) if upper else -1
@@ -87,16 +90,21 @@ def _search(upper: int) -> Generator[int, int, int]:
     headroom_high = yield high
     if headroom_high >= 0:
         return high
+    beyond, headroom_beyond = high, headroom_high
     steps = 0
-    while high - low > 1:  # headroom(low) >= 0 > headroom(high)
+    while high - low > 1:  # headroom(low) >= 0 > headroom(high) >= headroom(beyond)
         steps += 1
         guess = (low + high) // 2
-        if steps % 3:
+        if steps % 3 == 2 and headroom_beyond < headroom_high:
+            bytes_each = (headroom_high - headroom_beyond) / (beyond - high)
+            guess = min(max(high + math.floor(headroom_high / bytes_each), low + 1), high - 1)
+        elif steps % 3:
             guess = _on_line(low, high, headroom_low, headroom_high)
         left = yield guess
         if left >= 0:
             low, headroom_low = guess, left
         else:
+            beyond, headroom_beyond = high, headroom_high
             high, headroom_high = guess, left
     return low
 
