@@ -20,7 +20,7 @@ from ..utils.byte_counts import amount
 from ..utils.errors import InvalidSettings, shown
 from ..utils.progress import Progress, default_progress, task
 from ..utils.system.processors import cpu_name
-from .model_options import add_model_argument, add_options, chosen_options
+from .model_options import add_model_argument, add_options, chosen_options, refuse_machines
 
 if TYPE_CHECKING:
     from ..cache.paging import PagedCache
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .speed import ReadBuffers, SpeedResult, SpeedTest, StepBytes
 
 # Options of `load` that this command has its own form of, or that do not change what it times.
-OMITTED_OPTIONS = ("cache_type", "model_draft", "ctx_size_draft", "draft_max")
+OMITTED_OPTIONS = ("cache_type", "model_draft", "ctx_size_draft", "draft_max", "machines")
 MAX_COUNT = 1 << 24
 MAX_REPETITIONS = 1000
 
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="key/value caches, such as fp16,q8,q4 or q8_q4 (default %(default)s)")
     names = [name for name in LoadOptions.names("load") if name not in OMITTED_OPTIONS]
     add_options(parser, names)
+    parser.add_argument("--machines", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
@@ -70,6 +71,10 @@ def run(args: argparse.Namespace) -> int:
         str(CacheType.parse(name)) for name in args.cache_type.split(",")
     ))
     options = {name: value for name, value in chosen_options(args).items() if name != "cache_type"}
+    refuse_machines(
+        options["machines"], "the timing of single passes",
+        "Time a text over machines by `exl_loader generate --stats`, or leave it out",
+    )
     if options["ctx_size"] is None:
         options["ctx_size"] = max(test.ctx_size for test in tests)
     progress = default_progress()

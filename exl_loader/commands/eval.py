@@ -14,7 +14,7 @@ from ..utils.byte_counts import MIB
 from ..utils.errors import InvalidSettings
 from ..utils.output import aligned
 from ..utils.progress import default_progress
-from .model_options import add_model_argument, add_options, read_text
+from .model_options import add_model_argument, add_options, read_text, refuse_machines
 
 if TYPE_CHECKING:
     from .evaluation import Evaluation
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "default they are as long as the model's own length, at most 8192",
     )
     add_options(parser, SHARED_OPTIONS)
+    parser.add_argument("--machines", help=argparse.SUPPRESS)
     parser.add_argument(
         "--tokens", type=int, metavar="N", help="evaluate the first N tokens of each text only"
     )
@@ -65,6 +66,10 @@ def run(args: argparse.Namespace) -> int:
     from .evaluation import evaluate
     from .evaluation_plan import REFERENCE_TYPE, parse_cache_types, plan_evaluation
 
+    refuse_machines(
+        args.machines, "a comparison of caches",
+        "Leave it out, and evaluate where one machine holds the model and all caches",
+    )
     texts = [read_text(path, "--text") for path in args.text]
     if args.tokens is not None and args.tokens < 2:
         raise InvalidSettings("--tokens", expected="2 or more", actual=str(args.tokens))

@@ -62,6 +62,24 @@ def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in LoadOptions.OPTIONS}
 
 
+def refuse_machines(address: str | None, what: str, remedy: str) -> None:
+    """Refuse several machines where a model has to be on one.
+
+    Args:
+        address: the option.
+        what: needs the model there.
+        remedy: what the user can do instead.
+
+    Raises:
+        InvalidSettings: there is an address.
+    """
+    if address:
+        raise InvalidSettings(
+            "--machines", expected=f"nothing, because {what} needs a model on one machine",
+            actual=address, remedy=remedy,
+        )
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sampling options."""
     defaults = SamplingSettings(**TERMINAL_DEFAULTS)  # type: ignore[arg-type]

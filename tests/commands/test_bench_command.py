@@ -272,6 +272,7 @@ def test_the_same_code_runs_on_a_card(tiny_model_dir, monkeypatch, capsys):
     (["--ctx-size", "256", "-d", "512"], "--ctx-size: expected at least 1024 tokens"),
     (["--memory-limit", "1KiB"], "does not fit"),
     (["--device", "cpu:x"], "device"),
+    (["--machines", "tcp://192.0.2.1:29500"], "generate --stats"),
 ])
 def test_errors_are_one_line_before_anything_is_timed(
     arguments, words, tiny_model_dir, reference_operations, monkeypatch, capsys

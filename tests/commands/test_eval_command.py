@@ -251,6 +251,14 @@ def test_a_type_that_needs_more_workspace_is_refused(monkeypatch):
         planned("q4")
 
 
+def test_several_machines_are_refused_with_what_to_do(text_file, capsys):
+    address = "tcp://192.0.2.1:29500"
+    assert main(["eval", "--text", str(text_file), "--machines", address]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --machines: expected nothing, because a comparison of caches")
+    assert "evaluate where one machine holds the model" in error
+
+
 def test_the_command_prints_json(text_file, capsys):
     arguments = ["eval", "--text", str(text_file), "--cache-type", "q4,q8_q4", "--json"]
     assert main([*arguments, "--ctx-size", "256", "--tokens", "300"]) == 0
