@@ -95,7 +95,8 @@ class OtherMachines:
         assert found == planned, (found, planned)
         decode_rows = min(int(reply["decode_rows"]) for reply in self._replies.values())
         return RemoteLayers(
-            self._machines, self._load_number, self._hidden_size, decode_rows
+            self._machines, self._load_number, self._hidden_size, decode_rows,
+            1 + len(self._plan.others),
         )
 
     def allocated_bytes(self) -> dict[tuple[int, str], int]:

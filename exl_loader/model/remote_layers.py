@@ -48,15 +48,13 @@ class RemoteLayers:
         load_number: tells the frames of this model from those of one that was unloaded.
         hidden_size: width of the hidden state.
         decode_rows: least of the machines; see `LocalLayers.decode_rows`.
-
-    Attributes:
-        num_machines: with the first one.
+        num_machines: those that have layers, the first one included.
     """
 
     def __init__(
-        self, ring: Ring, load_number: int, hidden_size: int, decode_rows: int
+        self, ring: Ring, load_number: int, hidden_size: int, decode_rows: int, num_machines: int
     ) -> None:
-        self.num_machines, self.decode_rows = 1 + len(ring.others), decode_rows
+        self.num_machines, self.decode_rows = num_machines, decode_rows
         self._load_number = load_number
         self._ring, self._hidden_size = ring, hidden_size
         self._sent = self._received = 0

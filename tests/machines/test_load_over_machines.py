@@ -168,6 +168,14 @@ def test_without_limits_every_machine_has_a_part_of_the_work(folder, machines, e
         assert texts(model) == expected[1]
 
 
+def test_texts_are_divided_among_the_machines_that_have_layers(folder, three, expected):
+    with load(folder, three, gpu_split=split(folder, 2) + "0.000001;") as model:
+        assert {device.machine for device in model.reservation.devices} == {0, 2}
+        found = model.run_alone(lambda forward, cache: iter([forward.decoding_in_flight]))
+        assert list(found) == [2]
+        assert texts(model) == expected[1]
+
+
 def test_a_gpu_split_limits_main_memory_without_cards(folder, two, expected):
     with load(folder, two, device="auto") as model:
         assert {device.machine for device in model.reservation.devices} == {0, 1}

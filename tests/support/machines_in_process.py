@@ -97,7 +97,7 @@ def build_over_machines(
             ServedLayers(local, layers, place, place == len(others), lambda count: None)
         )
     ring = RingInProcess(served, lag)
-    remote = RemoteLayers(ring, 1, first.parts.config.hidden_size, 128)
+    remote = RemoteLayers(ring, 1, first.parts.config.hidden_size, 128, len(maps))
     cache = first.cache(remote)
     model = Model(
         first.parts, first.workspaces, cache, first.ops, remote=remote,
