@@ -168,14 +168,13 @@ __device__ __forceinline__ void weigh_tile(const Tile& tile, int begin, int end,
 // Prepares queries and attends the tiles of a warp's ring, whose first copies are on their way.
 // kWaves: tokens whose waves BiasMemory holds.
 template <int kHeadDim, int kTile, int kWaves, bool kWhole, bool kOpen>
-__device__ __forceinline__ void attend_tiles(const AttentionCall& call,
-                                             const DecodeLaunch& launch, const RowGroup& group,
+__device__ __forceinline__ void attend_tiles(const AttentionCall& call, const RowGroup& group,
                                              const Pass& pass,
                                              Ring<kHeadDim, kTile, kWhole, kOpen>& ring,
                                              const DecodeMemory<kHeadDim>& memory,
                                              DecodeSums<kHeadDim>& sums) {
     const int k_bits = ring.half(call.layer.k, call.layer.k_open).bits;
-    prepare_queries<kHeadDim, kWaves>(call, launch, group, pass, k_bits, memory);
+    prepare_queries<kHeadDim, kWaves>(call, group, pass, k_bits, memory);
     const ScoreTransform transform(call.shape);
     const int sliding_window = static_cast<int>(call.shape.sliding_window);
     for (int tile = 0; tile < ring.count; ++tile) {
@@ -259,10 +258,10 @@ __device__ __forceinline__ void attend_kv_split(const AttentionCall& call,
     DecodeSums<kHeadDim> sums;
     int v_bits;
     if (is_open) {
-        attend_tiles<kHeadDim, kOpenTile, kTile>(call, launch, group, pass, open_ring, memory, sums);
+        attend_tiles<kHeadDim, kOpenTile, kTile>(call, group, pass, open_ring, memory, sums);
         v_bits = open_tokens(call.layer.v, call.layer.v_open).bits;
     } else {
-        attend_tiles<kHeadDim, kTile, kTile>(call, launch, group, pass, ring, memory, sums);
+        attend_tiles<kHeadDim, kTile, kTile>(call, group, pass, ring, memory, sums);
         v_bits = call.layer.v.bits;
     }
     merge_warps<kHeadDim>(sums, reinterpret_cast<float*>(memory.ring));

@@ -45,8 +45,7 @@ __device__ __forceinline__ BiasMemory bias_of(const AttentionCall& call,
 
 // Writes the rows of the pass as B fragments, in the order of keys of `k_bits`; other rows as zeros.
 template <int kHeadDim, int kTile>
-__device__ __forceinline__ void prepare_queries(const AttentionCall& call,
-                                                const DecodeLaunch& launch, const RowGroup& group,
+__device__ __forceinline__ void prepare_queries(const AttentionCall& call, const RowGroup& group,
                                                 const Pass& pass, int k_bits,
                                                 const DecodeMemory<kHeadDim>& memory) {
     const int warps = static_cast<int>(blockDim.x) / 32;
