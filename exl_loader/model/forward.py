@@ -315,7 +315,9 @@ class Model:
         Raises:
             InvalidCall: the model is on several machines.
         """
-        self._check_alone("a LoRA adapter")
+        self._check_alone(
+            "a LoRA adapter", "Load it without machines, or merge the adapter into its weights"
+        )
         self._adapters.load(adapter, scaling)
         self._local.forget_steps()
 
@@ -339,7 +341,7 @@ class Model:
         Raises:
             InvalidCall: the model is on several machines.
         """
-        self._check_alone("a comparison of caches")
+        self._check_alone("a comparison of caches", "Load it without machines")
         model = Model(
             self._parts, self._workspaces, cache, ops or self._ops,
             sample_text_ids=self._sample_text_ids, **self._rope_options,
@@ -348,12 +350,12 @@ class Model:
         self._local.share_inputs(model._local)
         return model
 
-    def _check_alone(self, thing: str) -> None:
+    def _check_alone(self, thing: str, remedy: str) -> None:
         if self._remote is not None:
             raise InvalidCall(
                 thing, expected="a model on one machine",
                 actual=f"one on {self._remote.num_machines} machines",
-                remedy="Load it without machines",
+                remedy=remedy,
             )
 
     def rope_class(self, rope_len: int) -> int:

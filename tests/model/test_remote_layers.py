@@ -11,7 +11,7 @@ from exl_loader.cache.paging import PagedSequence
 from exl_loader.machines.frames import Frame, InvalidFrame
 from exl_loader.machines.ring import error_from
 from exl_loader.model.pass_frames import pack_entries, unpack_entries
-from exl_loader.utils.errors import MachineFailed
+from exl_loader.utils.errors import InvalidCall, MachineFailed
 from support.hf_models import MODELS, make_model
 from support.machines_in_process import build_over_machines, machine_maps
 from support.model_builder import build_model, run_chunks, together
@@ -154,6 +154,18 @@ def test_a_copy_outside_the_cache_is_refused(kind, fields, tmp_path):
     _, _, ring = build_over_machines(tmp_path / "m", get_ops("cpu"), machine_maps(3, 0, 1))
     with pytest.raises(InvalidFrame):
         ring.machines[0].run(Frame(kind, fields))
+
+
+def test_what_needs_one_machine_is_refused_with_what_to_do(tmp_path):
+    make_model("llama-tied", 3, tmp_path / "m", "float16")
+    options = {"cache_type": "q4", "sequences": 1}
+    model, cache, _ = build_over_machines(
+        tmp_path / "m", get_ops("cpu"), machine_maps(3, 0, 1), **options
+    )
+    with pytest.raises(InvalidCall, match="on 2 machines.* or merge the adapter"):
+        model.load_lora(None, 1.0)
+    with pytest.raises(InvalidCall, match="on 2 machines.*Load it without machines"):
+        model.with_cache(cache)
 
 
 def test_entries_survive_the_way():
