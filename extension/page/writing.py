@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from exl_loader import InvalidSettings
+from exl_loader import InvalidSettings, ModelUnloaded, PromptTooLong
 from exl_loader.utils.json_keys import InvalidJson, parse_json
 
 from ..panel.panel import error_html
@@ -91,6 +91,19 @@ class Shown:
     record_version: int
 
 
+@dataclass(frozen=True)
+class Problem:
+    """An error that a tab shows.
+
+    Args:
+        html: empty for none.
+        model_version: `Session.version` with which alone it is true; empty for any.
+    """
+
+    html: str = ""
+    model_version: str = ""
+
+
 class OpenConversation:
     """A conversation, and the text that the model writes into it. For use from any thread.
 
@@ -106,7 +119,8 @@ class OpenConversation:
         self._conversation = conversation
         self._writing: Writing | None = None
         self._add: Callable[[Conversation, str], None] = Conversation.add_to_answer
-        self._stats = self._notice = self._problem = ""
+        self._stats = self._notice = ""
+        self._problem = Problem()
         self._version = self._text_version = 0
         # When it was changed, in milliseconds since 1970, each time another number. Records of
         # several servers are ordered by it.
@@ -192,10 +206,12 @@ class OpenConversation:
     def shown(self) -> Shown:
         """Return what a tab shows."""
         with self._lock:
+            if self._problem.model_version not in ("", self._session.version):
+                self._problem = Problem()
             writing = self._writing
             stats = self._stats if writing is None else stats_line(writing)
             return Shown(self._conversation.copy(), writing is not None, stats, self._notice,
-                         self._problem, self._add is Conversation.add_to_text, self._version,
+                         self._problem.html, self._add is Conversation.add_to_text, self._version,
                          self._text_version, self.record_version)
 
     def _touch(self, typed: bool = False) -> None:
@@ -259,7 +275,9 @@ class OpenConversation:
         """Show an error."""
         with self._lock:
             # Only its text is kept: a traceback would keep tensors alive.
-            self._problem = error_html(error, heading=heading)
+            is_of_model = isinstance(error, (ModelUnloaded, PromptTooLong))
+            self._problem = Problem(error_html(error, heading=heading),
+                                    self._session.version if is_of_model else "")
             self._version += 1
 
     def send(self, message: str) -> None:
@@ -342,7 +360,8 @@ class OpenConversation:
             self._conversation = changed
             self._touch()
             if self._writing is None:
-                self._stats = self._notice = self._problem = ""
+                self._stats = self._notice = ""
+                self._problem = Problem()
             else:
                 threading.Thread(target=self._run, args=(self._writing,), daemon=True).start()
 
@@ -367,7 +386,7 @@ class OpenConversation:
     ) -> None:
         """Note what `_changing` starts to write at its end, and what adds a piece of it."""
         self._writing, self._add = writing, add
-        self._stats = self._problem = ""
+        self._stats, self._problem = "", Problem()
         self._notice = ". ".join(text[:1].upper() + text[1:] for text in notices)
 
     def _run(self, writing: Writing) -> None:
@@ -380,9 +399,9 @@ class OpenConversation:
                         self._text_version += self._add is Conversation.add_to_text
                         self._touch()
         except Exception as error:
-            problem = error_html(error, heading=FAILED)
+            problem = Problem(error_html(error, heading=FAILED))
         else:
-            problem = ""
+            problem = Problem()
         with self._lock:
             self._conversation.drop_empty_answer()
             self._stats, self._problem = stats_line(writing), problem

@@ -357,6 +357,8 @@ def test_another_model_ends_the_text_of_every_tab_with_a_message(context, addres
         first.click("#exl_write")
         first.expect_text("#exl_problem", "not loaded")
         assert first.value(TEXT) == "abc"
+        second.load_model(models / "talker")
+        expect(first.page.locator("#exl_problem")).not_to_be_visible()
 
 
 def test_the_picker_names_models_and_what_cannot_be_loaded(browser, address):

@@ -150,6 +150,23 @@ def test_unloading_ends_a_text_with_a_message_and_keeps_it(session, reload):
     finish(conversation)
 
 
+def test_an_error_of_the_model_goes_when_another_one_is_loaded(session):
+    conversation = opened(session, SHORT | {"max_new_tokens": 8}, draft="", text="")
+    options = session.options
+    assert not conversation.attempt(OpenConversation.send, "ab " * 9000)
+    assert "expected at most 8191 tokens" in conversation.shown().problem
+    session.unload()
+    assert conversation.shown().problem == ""
+    assert not conversation.attempt(OpenConversation.send, "ab")
+    assert "not loaded" in conversation.shown().problem
+    session.start_load(options)
+    assert session.wait() == "" and conversation.shown().problem == ""
+    # Another one is as true as before, and so is why a text has ended.
+    assert not conversation.attempt(OpenConversation.replace, "{")
+    session.unload()
+    assert "not a conversation" in conversation.shown().problem
+
+
 def test_an_error_leaves_the_conversation_as_it_was():
     conversation = opened(Session(), SHORT, draft="ab", text="x")
     before = conversation.shown().conversation
