@@ -167,6 +167,45 @@ const found = async selector => {
 """
 
 
+def name_field(selector: str, name: str) -> str:
+    """Give a text field a name for screen readers: `() -> nothing`, when its tab is opened.
+
+    Gradio puts a field that has a button to copy it, and the button, into one `label`, which
+    browsers take for that of the button.
+
+    Args:
+        selector: of the text field.
+        name: its name.
+    """
+    return f"""async () => {{
+  {_FOUND}
+  (await found({json.dumps(selector)}))?.setAttribute("aria-label", {json.dumps(name)});
+}}"""
+
+
+def name_focused(fields: Mapping[str, str]) -> str:
+    """Name for screen readers what Gradio makes without a name: `() -> nothing`, as a page opens.
+
+    These are fields that get the focus as soon as they are made, and the list of a dropdown, which
+    is made when its field gets the focus, and is named as the field.
+
+    Args:
+        fields: selector of a field -> its name.
+    """
+    return f"""() => {{
+  if (window.exlNamesFocused) return;
+  window.exlNamesFocused = true;
+  document.addEventListener("focusin", ({{target}}) => {{
+    for (const [selector, name] of Object.entries({json.dumps(dict(fields))}))
+      if (target.matches(selector)) target.ariaLabel = name;
+    if (target.matches("[role=combobox]")) requestAnimationFrame(() => {{
+      const list = document.getElementById(target.getAttribute("aria-controls"));
+      if (list) list.ariaLabel = target.ariaLabel;
+    }});
+  }});
+}}"""
+
+
 def follow_text(selector: str) -> str:
     """Scroll a text field with what is written at its end: `() -> nothing`.
 

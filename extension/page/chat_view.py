@@ -12,8 +12,8 @@ from .conversation import USER
 from .widgets import QUICK, button
 from .writing import OpenConversation, Shown
 
-# The element that scrolls, for scripts.
-LOG = "#exl_chatbot [role=log]"
+# The element that scrolls, and the field of a message that is edited, for scripts.
+LOG, EDITED = "#exl_chatbot [role=log]", "#exl_chatbot textarea"
 
 
 class ChatView:

@@ -29,6 +29,8 @@ from .browser_script import (
     follow_text,
     forget_sent,
     keep_typed,
+    name_field,
+    name_focused,
     remember_tab,
     save_file,
     with_times,
@@ -41,7 +43,7 @@ from .browser_storage import (
     open_chosen,
     open_tab,
 )
-from .chat_view import LOG, ChatView
+from .chat_view import EDITED, LOG, ChatView
 from .conversation import Conversation
 from .model_folders import folder_bytes
 from .notebook_view import FIELD, NotebookView
@@ -129,6 +131,7 @@ class TextView:
         opening = [self.typed, self.kept, self.others]
         page.load(self._open, [self.tab, *opening], everything, js=open_tab(), **QUICK)
         page.load(None, None, None, js=keep_typed(TYPED_FIELDS), **QUICK)
+        page.load(None, None, None, js=name_focused({EDITED: "Edited message"}), **QUICK)
         connect_drawing(self.changed, self._draw_changes, [self.tab, self.seen, self.seen_model],
                         drawn, **QUICK)
         self._watch.connect(page, self.tab)
@@ -151,6 +154,8 @@ class TextView:
                 lambda tab, *values: self._keep(tab, settings=read_fields(values)),
                 [self.tab, *self.settings.fields], None, trigger_mode="always_last", **QUICK)
         self.text_tab.select(None, None, None, js=follow_text(FIELD), **QUICK)
+        for trigger in (page.load, self.text_tab.select):
+            trigger(None, None, None, js=name_field(FIELD, str(notebook.text.label)), **QUICK)
         self.chat_tab.select(None, None, None, js=follow_log(LOG), **QUICK)
         chat.connect(self._act, self._keep_typed)
         chat.chatbot.edit(self._edit, self._inputs(), [*self._written, self.picker], **QUICK)

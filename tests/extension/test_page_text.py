@@ -423,3 +423,50 @@ def test_what_is_clicked_is_large_enough_and_no_text_is_cut_on_a_narrow_screen(b
         field = page.page.locator("#exl_chatbot textarea").bounding_box()
         assert field["height"] >= 90 and field["width"] >= 200
         assert page.page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+# Roles of what a person types into, chooses from or clicks.
+CONTROLS = {"textbox", "button", "combobox", "checkbox", "slider", "spinbutton", "tab", "listbox",
+            "option", "link", "radio", "searchbox", "DisclosureTriangle"}
+
+
+def nameless(page):
+    """Return the HTML of controls that have no name for screen readers.
+
+    A placeholder is none, because what is typed is in its place.
+    """
+    cdp = page.page.context.new_cdp_session(page.page)
+    found = []
+    for node in cdp.send("Accessibility.getFullAXTree")["nodes"]:
+        if node["ignored"] or node["role"]["value"] not in CONTROLS:
+            continue
+        sources = [source["type"] for source in node["name"].get("sources", ())
+                   if "value" in source and not source.get("superseded")]
+        if not node["name"]["value"].strip() or sources == ["placeholder"]:
+            html = cdp.send("DOM.getOuterHTML", {"backendNodeId": node["backendDOMNodeId"]})
+            found.append(html["outerHTML"])
+    return found
+
+
+def test_everything_that_is_typed_into_or_clicked_has_a_name(browser, address):
+    with Page(browser, address) as page:
+        # Unfolded, so that all of it is there.
+        folds = page.page.locator("button.label-wrap")
+        expect(folds.first).to_be_visible()
+        for fold in folds.all():
+            fold.click()
+        page.page.locator("#exl_max_new_tokens input").fill("5")
+        page.page.keyboard.press("Tab")
+        say(page, "Hello")
+        expect(answers(page)).to_have_count(1)
+        expect_idle(page)
+        page.gauge.locator("summary").click()
+        page.click("#exl_picker input")
+        expect(page.page.get_by_role("option", name="Hello")).to_be_visible()
+        assert nameless(page) == []
+        page.page.get_by_role("button", name="Edit").first.click()
+        expect(page.page.locator("#exl_chatbot textarea")).to_be_visible()
+        assert nameless(page) == []
+        page.page.get_by_role("tab", name="Notebook").click()
+        expect(page.page.get_by_role("textbox", name="Text", exact=True)).to_be_visible()
+        assert nameless(page) == []
