@@ -237,19 +237,23 @@ def open_tab() -> str:
 
 
 def open_chosen() -> str:
-    """Find the conversation that was chosen: `tab -> [tab, "", kept, others]`, as `open_tab`."""
-    return """async tab => {
-  const [kept, others] = await window.exlStorage.find(tab.split("/")[1]);
-  return [tab, "", kept, JSON.stringify(others)];
+    """Find the conversation that was chosen, as `open_tab`.
+
+    `(chosen, typed, kept, others, tab) -> [chosen, "", kept, others, tab]`.
+    """
+    return """async (chosen, typed, kept, others, tab) => {
+  if (chosen === tab) return [chosen, "", "", "", tab];
+  const [found, more] = await window.exlStorage.find(chosen.split("/")[1]);
+  return [chosen, "", found, JSON.stringify(more), tab];
 }"""
 
 
 def list_kept() -> str:
-    """List what the browser keeps: `tab -> [tab, JSON with listed]`, as `open_tab`."""
-    return """async tab => {
+    """List what the browser keeps: `(tab, others, seen) -> [tab, JSON with listed, seen]`."""
+    return """async (tab, others, seen) => {
   let listed = [];
   try { listed = await window.exlStorage.list(); } catch { }
-  return [tab, JSON.stringify({listed})];
+  return [tab, JSON.stringify({listed}), seen];
 }"""
 
 

@@ -8,6 +8,8 @@ whatever another tab loads or unloads. The browser keeps it too, for another ser
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -109,6 +111,8 @@ class TextView:
         self.seen_model = hidden_field("exl_seen_by_text")
         self.file = hidden_field("exl_file")
         self.record = hidden_field("exl_record")
+        # By which the server knows what the picker lists.
+        self.listed = hidden_field("exl_listed")
         # What `open_tab` has found, and `with_times`.
         self.typed = hidden_field("exl_typed")
         self.kept = hidden_field("exl_kept")
@@ -126,7 +130,7 @@ class TextView:
         ]
         drawn = [*self._written, self.tabs, self.chat_tab, chat.system_fold, notebook.starters,
                  self.line, self.seen_model]
-        everything = [*drawn, self.tab, self.picker, chat.message, chat.system,
+        everything = [*drawn, self.tab, self.picker, self.listed, chat.message, chat.system,
                       *self.settings.fields]
         opening = [self.typed, self.kept, self.others]
         page.load(self._open, [self.tab, *opening], everything, js=open_tab(), **QUICK)
@@ -137,10 +141,10 @@ class TextView:
         self._watch.connect(page, self.tab)
         self.tab.change(None, self.tab, None, js=remember_tab(), **QUICK)
         # Gradio would check the choice against the list that the page began with.
-        self.picker.input(self._open, [self.picker, *opening], everything, js=open_chosen(),
-                          preprocess=False, **QUICK)
-        self.picker.focus(self._list, [self.tab, self.others], self.picker, js=list_kept(),
-                          **QUICK)
+        self.picker.input(self._choose, [self.picker, *opening, self.tab], everything,
+                          js=open_chosen(), preprocess=False, trigger_mode="always_last", **QUICK)
+        self.picker.focus(self._list, [self.tab, self.others, self.listed],
+                          [self.picker, self.listed], js=list_kept(), **QUICK)
         self.record.change(None, self.record, self.unkept, js=keep_record(), **QUICK)
         self.delete.click(self._delete, self.tab, everything, js=delete_kept(), **QUICK)
         self.new.click(self._new, self.tab, everything, **QUICK)
@@ -158,7 +162,8 @@ class TextView:
             trigger(None, None, None, js=name_field(FIELD, str(notebook.text.label)), **QUICK)
         self.chat_tab.select(None, None, None, js=follow_log(LOG), **QUICK)
         chat.connect(self._act, self._keep_typed)
-        chat.chatbot.edit(self._edit, self._inputs(), [*self._written, self.picker], **QUICK)
+        chat.chatbot.edit(self._edit, self._inputs(),
+                          [*self._written, self.picker, self.listed], **QUICK)
         notebook.connect(self._act, self._keep_typed)
 
     def _inputs(self) -> list[Any]:
@@ -194,7 +199,9 @@ class TextView:
                 updates[clears] = ""
             return updates
 
-        outputs = [*self._written, self.picker, *([clears] if clears is not None else [])]
+        outputs = [*self._written, self.picker, self.listed]
+        if clears is not None:
+            outputs.append(clears)
         every_input = [*self._inputs(), *inputs, self.times]
         done = gr.on(list(triggers), call, every_input, outputs, js=with_times(len(every_input)),
                      **QUICK)
@@ -213,7 +220,7 @@ class TextView:
         """Draw a conversation after an action that began with this version of its text."""
         shown = opened.shown()
         return {**self._draw(tab, opened, shown, shown.text_version != text_version),
-                self.picker: self._listed(tab)}
+                **self._draw_list(tab, value=tab)}
 
     def _keep_typed(self, component: Any, name: str) -> None:
         """Keep what is typed into a text field, as the field `name` of the conversation."""
@@ -265,8 +272,8 @@ class TextView:
         fields = zip(self.settings.fields, write_fields(conversation.settings), strict=True)
         return {
             **self._draw(tab, opened, shown, True), **self._draw_model(shown, not shown.in_text),
-            self.tab: tab, self.picker: self._listed(tab), self.chat.message: conversation.draft,
-            self.chat.system: conversation.system, **dict(fields),
+            **self._draw_list(tab, value=tab), self.tab: tab, **dict(fields),
+            self.chat.message: conversation.draft, self.chat.system: conversation.system,
         }
 
     def _new(self, tab: str) -> Updates:
@@ -279,12 +286,30 @@ class TextView:
         self._conversations.delete(tab)
         return self._new(tab)
 
-    def _list(self, tab: str, others: str) -> Any:
-        self._conversations.note_kept(tab, KeptTitle.read(_object(others).get("listed")))
-        return self._listed(tab)
+    def _choose(self, chosen: str, typed: str, kept: str, others: str, tab: str) -> Updates:
+        """Show the conversation that was chosen, as `_open`.
 
-    def _listed(self, tab: str) -> Any:
-        return gr.update(choices=self._conversations.listed(tab), value=tab)
+        Gradio also calls a picker that loses the focus chosen, whatever it shows.
+        """
+        if chosen == tab:
+            return {self.seen: gr.skip()}
+        updates = self._open(chosen, typed, kept, others)
+        if updates[self.tab] == chosen:
+            # Another one may have been chosen meanwhile.
+            updates |= self._draw_list(chosen)
+        return updates
+
+    def _list(self, tab: str, others: str, listed: str) -> Updates:
+        """Update the list that is being opened. A click is lost in a list that is drawn again."""
+        self._conversations.note_kept(tab, KeptTitle.read(_object(others).get("listed")))
+        updates = self._draw_list(tab)
+        return {self.listed: gr.skip()} if updates[self.listed] == listed else updates
+
+    def _draw_list(self, tab: str, **more: Any) -> Updates:
+        """Draw the picker's list; more are other properties of it."""
+        choices = self._conversations.listed(tab)
+        return {self.picker: gr.update(choices=choices, **more),
+                self.listed: str(zlib.crc32(json.dumps(choices).encode()))}
 
     def _save(self, tab: str) -> str:
         return self._conversations.get(tab).shown().conversation.to_json()

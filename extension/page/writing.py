@@ -596,22 +596,21 @@ class Conversations:
         return records
 
     def listed(self, tab: str) -> list[tuple[str, str]]:
-        """Return (title, tab) of each conversation of a tab's browser, the newest first.
+        """Return (title, tab) of each conversation of a tab's browser, the one changed last first.
 
-        Those that the server knows come before those that only the browser keeps. Those without
-        a title are left out, except the tab's own.
+        Those without a title are left out, except the tab's own, which is the first then.
         """
         browser, own = _key(tab)
         with self._lock:
-            opened = {key: each for (owner, key), each in reversed(self._open.items())
-                      if owner == browser}
+            opened = {key: each for (owner, key), each in self._open.items() if owner == browser}
             kept = [each for each in self._kept.get(browser, []) if each.key not in opened
                     and each.changed > self._deleted.get((browser, each.key), -1)]
-        titles = [(key, each.title) for key, each in opened.items()]
-        titles += [(each.key, each.title)
-                   for each in sorted(kept, key=lambda each: each.changed, reverse=True)]
-        return [(title or "New conversation", f"{browser}/{key}")
-                for key, title in titles if title or key == own]
+        # Not by their use: tabs that are open use theirs all the time.
+        found = sorted(
+            [*kept, *(KeptTitle(key, each.title, each.changed) for key, each in opened.items())],
+            key=lambda each: (not each.title, each.changed), reverse=True)
+        return [(each.title or "New conversation", f"{browser}/{each.key}")
+                for each in found if each.title or each.key == own]
 
 
 def _is_triple(value: Any) -> bool:

@@ -283,6 +283,84 @@ def test_tabs_write_at_once_and_stop_alone(context, address):
         expect(questions(third)).to_have_count(0)
 
 
+def hold(page, belongs):
+    """Hold requests of events back; return a list of them.
+
+    Args:
+        page: the page.
+        belongs: the inputs of an event -> whether its requests are held.
+    """
+    held = []
+
+    def take(route):
+        if belongs(route.request.post_data_json["data"]):
+            held.append(route)
+        else:
+            route.continue_()
+
+    page.page.route("**/run/**", take)
+    return held
+
+
+def let_go(page, held):
+    """Send held requests, and wait until their answers are drawn."""
+    while held:
+        with page.page.expect_request_finished():
+            held.pop(0).continue_()
+    page.page.unroute("**/run/**")
+    page.page.evaluate("""async () => { for (let frame = 0; frame < 5; frame++)
+        await new Promise(requestAnimationFrame); }""")
+
+
+def test_a_conversation_that_is_chosen_before_a_late_answer_stays_chosen(context, address):
+    def is_list(inputs):
+        return len(inputs) == 3 and str(inputs[1]).startswith('{"listed"')
+
+    def is_choice(inputs):
+        return len(inputs) == 5 and "/" in str(inputs[0]) and "/" in str(inputs[4])
+
+    with Page(context, address) as page:
+        set_length(page, 3)
+        for text in ("first", "second", "third"):
+            page.click("#exl_new")
+            expect(questions(page)).to_have_count(0)
+            say(page, text)
+            expect(answers(page)).to_have_count(1)
+            expect_idle(page)
+        picker = page.page.locator("#exl_picker input")
+        expect(picker).to_have_value("third")
+
+        def choose(title):
+            picker.click()
+            page.page.get_by_role("option", name=title).click()
+
+        # The list that the click on the picker asks for comes after the choice.
+        held = hold(page, is_list)
+        choose("second")
+        expect(questions(page)).to_have_text("second")
+        let_go(page, held)
+        expect(picker).to_have_value("second")
+        expect(questions(page)).to_have_text("second")
+
+        # A list that is as before is not drawn again, because a click in it might be lost.
+        with page.page.expect_response(
+            lambda answer: "/run/" in answer.url
+            and is_list(answer.request.post_data_json["data"])
+        ) as answer:
+            picker.click()
+        assert answer.value.json()["data"] == [{"__type__": "update"}] * 2
+        page.click("#exl_message textarea")
+
+        # Another one is chosen while the one before is on its way.
+        held = hold(page, is_choice)
+        with page.page.expect_request("**/run/**"):
+            choose("first")
+        choose("third")
+        let_go(page, held)
+        expect(questions(page)).to_have_text("third")
+        expect(picker).to_have_value("third")
+
+
 def test_another_browser_does_not_see_the_conversations(browser, address):
     with Page(browser, address) as page:
         set_length(page, 5)

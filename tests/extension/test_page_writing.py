@@ -1,5 +1,6 @@
 """Open conversations: written by threads of the server, whatever tabs and models do meanwhile."""
 
+import itertools
 import json
 import time
 from dataclasses import replace
@@ -220,7 +221,8 @@ def tab(browser, key=None):
     return f"{browser}/{key or new_key()}"
 
 
-def test_a_tab_finds_its_conversation_again_and_others_do_not():
+def test_a_tab_finds_its_conversation_again_and_others_do_not(monkeypatch):
+    monkeypatch.setattr("extension.page.writing.time.time", itertools.count(1e9).__next__)
     conversations = Conversations(Session(), Conversation(text="first"))
     browser, other = new_key(), new_key()
     first, second = tab(browser), tab(browser)
@@ -231,6 +233,12 @@ def test_a_tab_finds_its_conversation_again_and_others_do_not():
     assert conversations.open(tab(other)).shown().conversation.text == "first"
     assert conversations.listed(first) == [("mine", first)]
     assert conversations.listed(second) == [("New conversation", second), ("mine", first)]
+    # The last one that was changed comes first, whichever was used last.
+    conversations.get(second).keep(text="later")
+    listed = [("later", second), ("mine", first)]
+    assert conversations.listed(first) == listed
+    conversations.get(first)
+    assert conversations.listed(first) == conversations.listed(second) == listed
 
 
 def test_the_oldest_conversations_go_when_there_are_too_many():
