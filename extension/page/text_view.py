@@ -1,9 +1,9 @@
 """The side of the page that has the text: conversations, chat, notebook and settings.
 
-The server holds all of it (`writing.py`). A tab names its conversation and what it has seen of it,
-and asks for what is new (`watch.py`). So a tab that is reloaded shows the same as before, and
-whatever another tab loads or unloads. The browser keeps it too, for another server
-(`browser_storage.py`).
+The server holds all of it (`conversation_list.py`, `writing.py`). A tab names its conversation and
+what it has seen of it, and asks for what is new (`watch.py`). So a tab that is reloaded shows the
+same as before, and whatever another tab loads or unloads. The browser keeps it too, for another
+server (`browser_storage.py`).
 """
 
 from __future__ import annotations
@@ -47,21 +47,14 @@ from .browser_storage import (
 )
 from .chat_view import EDITED, LOG, ChatView
 from .conversation import Conversation
+from .conversation_list import Conversations, KeptTitle, new_key
 from .model_folders import folder_bytes
 from .notebook_view import FIELD, NotebookView
 from .session import Session
 from .settings_view import FIRST_SETTINGS, SettingsView, read_fields, write_fields
 from .watch import Watch, connect_drawing
 from .widgets import QUICK, button, hidden_field, html_block, if_any
-from .writing import (
-    KEPT,
-    NOT_DELETED,
-    Conversations,
-    KeptTitle,
-    OpenConversation,
-    Shown,
-    new_key,
-)
+from .writing import KEPT, NOT_DELETED, OpenConversation, Shown
 
 SAVED_NAME = "conversation.json"
 

@@ -12,10 +12,11 @@ sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
 
 from extension.page.conversation import Conversation  # noqa: E402
+from extension.page.conversation_list import Conversations, new_key  # noqa: E402
 from extension.page.session import Session  # noqa: E402
 from extension.page.text_view import _typed  # noqa: E402
 from extension.page.watch import MAX_TAB_BYTES, Watch  # noqa: E402
-from extension.page.writing import Conversations, OpenConversation, new_key  # noqa: E402
+from extension.page.writing import OpenConversation  # noqa: E402
 from support.page_server import Page, serve  # noqa: E402
 
 expect = sync_api.expect

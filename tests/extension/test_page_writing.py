@@ -11,15 +11,14 @@ import exl_loader
 from exl_loader import InvalidSettings, SamplingSettings
 from exl_loader.commands.model_options import DEMO_MODEL
 from extension.page.conversation import Conversation, Turn
-from extension.page.session import ContinuedAnswer, Session
-from extension.page.writing import (
+from extension.page.conversation_list import (
     MAX_CONVERSATIONS,
-    PAUSE_S,
     Conversations,
     KeptTitle,
-    OpenConversation,
     new_key,
 )
+from extension.page.session import ContinuedAnswer, Session
+from extension.page.writing import PAUSE_S, OpenConversation
 from extension.panel.panel import ModelChoice
 from support.tiny import give_chat_template
 
