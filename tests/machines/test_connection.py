@@ -10,11 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
+from torch.distributed import HashStore, ProcessGroupGloo
 
 from exl_loader.machines.address import parse_address
 from exl_loader.machines.connection import Machines, close_all, connect
 from exl_loader.machines.frames import Frame, room
-from exl_loader.machines.link import SHORT_BYTES, UNRESERVED_BYTES
+from exl_loader.machines.link import SHORT_BYTES, UNRESERVED_BYTES, gloo_reason
+from exl_loader.machines.meeting import make_group
 from exl_loader.utils.errors import InvalidSettings, MachineFailed, MachineLost
 from exl_loader.utils.progress import NullProgress
 from support.stations import Stations, ones
@@ -224,6 +227,26 @@ def test_a_machine_that_hangs_is_lost(machines, stations):
             stations[rank].signal(signal.SIGCONT)
         machines = open_connection(stations)
         assert len(machines.ask_all("echo")) == len(machines.others)
+
+
+def linked(timeout):
+    """Return both ends of a link, in this process."""
+    store, device = HashStore(), ProcessGroupGloo.create_device(hostname="127.0.0.1")
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda rank: make_group(store, "a", rank, device, timeout), (0, 1)))
+
+
+def test_a_silent_neighbour_is_told_from_one_that_closed_its_connection():
+    own, _silent = linked(1.0)
+    with pytest.raises(RuntimeError) as caught:
+        own.recv([torch.empty(1)], 1, 0).wait()
+    assert gloo_reason(caught.value, 1.0) == "nothing was heard for 1 s"
+    own, other = linked(300.0)
+    receiving = own.recv([torch.empty(1)], 1, 0)
+    del other
+    with pytest.raises(RuntimeError) as caught:
+        receiving.wait()
+    assert gloo_reason(caught.value, 300.0).startswith("its connection was closed")
 
 
 def test_the_end_of_a_session_ends_what_the_machines_do(machines, stations):
