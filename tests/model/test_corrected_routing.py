@@ -37,9 +37,9 @@ def set_key(folder, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-@pytest.mark.parametrize("ops", [ReferenceOps(), get_ops()], ids=["reference", "cpu"])
+@pytest.mark.parametrize("open_ops", [ReferenceOps, get_ops], ids=["reference", "cpu"])
 @pytest.mark.parametrize("name", ["glm4moe", "ernie-moe"])
-def test_a_correction_chooses_the_experts_and_does_not_weigh_them(name, ops, tmp_path):
+def test_a_correction_chooses_the_experts_and_does_not_weigh_them(name, open_ops, tmp_path):
     make_model(name, 21, tmp_path / "m")
 
     def only_last(tensors):
@@ -52,7 +52,7 @@ def test_a_correction_chooses_the_experts_and_does_not_weigh_them(name, ops, tmp
     before = expected_logits(load_model(tmp_path / "m"), IDS)
     change(tmp_path / "m", only_last)
     expected = expected_logits(load_model(tmp_path / "m"), IDS)
-    model, cache = build_model(tmp_path / "m", ops)
+    model, cache = build_model(tmp_path / "m", open_ops())
     assert relative_error(run_chunks(model, cache, IDS, 7), expected) <= 2e-5
     assert relative_error(before, expected) > 0.1
 

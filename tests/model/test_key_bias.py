@@ -63,16 +63,17 @@ def test_small_biases_stay_and_there_is_room_for_so_many():
 
 
 CASES = [
-    Case([700, 0], [1, 90]),
-    Case([1300], [1], heads=6, kv_heads=3, head_dim=128),
-    Case([0, 510], [150, 3], head_dim=80, half=32, factor=1.3),
-    Case([600, 70], [40, 1], window=200, softcap=30.0),
-    Case([5, 1024], [1, 1], heads=71, kv_heads=1, head_dim=64, theta=1e4),
+    dict(past=[700, 0], new=[1, 90]),
+    dict(past=[1300], new=[1], heads=6, kv_heads=3, head_dim=128),
+    dict(past=[0, 510], new=[150, 3], head_dim=80, half=32, factor=1.3),
+    dict(past=[600, 70], new=[40, 1], window=200, softcap=30.0),
+    dict(past=[5, 1024], new=[1, 1], heads=71, kv_heads=1, head_dim=64, theta=1e4),
 ]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_scores_are_those_of_keys_with_the_bias(case):
+@pytest.mark.parametrize("arguments", CASES)
+def test_scores_are_those_of_keys_with_the_bias(arguments):
+    case = Case(**arguments)
     expected = case.attend(REFERENCE, "fp32")
     assert relative(case.attend(REFERENCE, "fp32", taken_out=True), expected) <= 2e-5
 
