@@ -41,8 +41,10 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
     shutil.rmtree(f"{BYTECODE}{Path(tempfile.gettempdir()).resolve()}", ignore_errors=True)
 
 # One thread, because tests use small tensors: waking a second thread costs more than it saves,
-# and on a busy machine waiting for it costs thirty times more.
+# and on a busy machine waiting for it costs thirty times more. Tests of what threads share set
+# their number, or use the fixture `two_threads`.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["EXL_LOADER_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # No test asks a model hub for anything.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -324,6 +326,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def two_threads():
+    """Let the CPU's kernels use two threads in all tests of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EXL_LOADER_THREADS", "2")
+        yield
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from support.golden_cases import CASES, Bench, NotHere
 from support.golden_record import Record, machine
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "two_threads")
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ from exl_loader.generation.jobs import Job
 from exl_loader.utils.errors import InvalidSettings, PromptTooLong
 from support import exhaustive
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 NUM_REQUESTS = 5000 if os.environ.get(exhaustive.ENV) else 1000
 NUM_THREADS = 16
 NUM_TEXTS = 60

@@ -22,6 +22,7 @@ from support.model_builder import build_model, run_chunks  # noqa: E402
 
 MODEL = REPO / "build" / "smollm2"
 pytestmark = [
+    pytest.mark.usefixtures("two_threads"),
     pytest.mark.smollm2,
     pytest.mark.skipif(
         not (MODEL / "config.json").exists(),

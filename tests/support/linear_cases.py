@@ -31,8 +31,7 @@ from support.makers import pack_stream
 # 15 bits: see csrc/cpu/linear.h and csrc/cuda/linear_layout.cuh.
 LARGEST_ACTIVATION = np.float32(127 * 128)
 HALF_ULP = 2.0**-24
-# A CPU's scratch is sized for this many threads: conftest leaves EXL_LOADER_THREADS alone, and
-# the tests go up to 4 whatever the machine has.
+# A CPU's scratch is sized for this many threads, because tests go up to 4 whatever the machine has.
 MAX_THREADS = 4
 
 

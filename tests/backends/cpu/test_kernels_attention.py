@@ -15,10 +15,12 @@ from support.attention_cases import attend, expected_of, filled_layer, shape_of
 from support.cache_layers import make_batch, part, random_rows
 from support.targets import target
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @pytest.fixture
 def ops():
-    ops = target("native", None, threads=default_threads())
+    ops = target("native", None, threads=2)
     yield ops
     ops.ops.set_threads(default_threads())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exl_loader.backends.cpu.threads import default_threads
 from exl_loader.backends.cuda.attention import DECODE_ROWS, AttentionOps
 from exl_loader.backends.cuda.launcher import COUNTER_BYTES
 from support.attention_cases import (
@@ -20,6 +19,8 @@ from support.attention_cases import (
 from support.cache_layers import make_batch, one_of, part, random_rows
 from support.exhaustive import some_of
 from support.targets import ALL_CPUS, TARGETS, sizes, target
+
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 # On CUDA weights and values are float16 in a product: at most 2^-12 each, root mean square 2^-13.
 # In prompts keys and queries are float16 too, and scores of the rows used here reach 20.
@@ -38,7 +39,7 @@ NATIVE = ["native"]
 
 @pytest.fixture(params=[*NATIVE, *TARGETS])
 def ops(request):
-    return target(request.param, AttentionOps, threads=default_threads())
+    return target(request.param, AttentionOps, threads=2)
 
 
 def layer_for(ops, cache_type, batch, shape, seed=0):

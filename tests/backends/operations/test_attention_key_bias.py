@@ -15,6 +15,8 @@ from support.attention_cases import attend, expected_of, random_layer, relative_
 from support.cache_layers import make_batch, one_of, part, random_rows
 from support.targets import TARGETS, target
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 SIZE = 100.0
 # On a CPU scores are a hundred times those of test_attention, and float32 rounds them.
 CPU_TOLERANCE = 1e-4

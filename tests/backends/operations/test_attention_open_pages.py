@@ -9,13 +9,14 @@ from functools import lru_cache
 import pytest
 import torch
 
-from exl_loader.backends.cpu.threads import default_threads
 from exl_loader.backends.cuda.attention import AttentionOps
 from exl_loader.backends.reference.ops import ReferenceOps
 from exl_loader.cache.layout import PAGE_LEN, CacheLayer
 from support.attention_cases import attend, expected_of, shape_of
 from support.cache_layers import make_batch, make_layer, one_of, part, random_rows, write
 from support.targets import ALL_CPUS, TARGETS, sizes, target
+
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 REFERENCE = ReferenceOps()
 # As in test_attention.py.
@@ -25,7 +26,7 @@ QUANTISED = ("q8", "q6", "q4", "q3", "q8_q4", "fp16_q4", "q6_fp16")
 
 @pytest.fixture(params=[*ALL_CPUS, *TARGETS])
 def ops(request):
-    return target(request.param, AttentionOps, threads=default_threads())
+    return target(request.param, AttentionOps, threads=2)
 
 
 def tensors_of(layer: CacheLayer):
@@ -63,7 +64,7 @@ def filled_once(cache_type, past, new, head_dim, seed=0):
 
     The target and the reference read the same layer, so its writer is not what is tested.
     """
-    writer = target("native", None, threads=default_threads())
+    writer = target("native", None, threads=2)
     return filled(writer, cache_type, past, new, 2, head_dim, seed)
 
 

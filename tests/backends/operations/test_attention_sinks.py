@@ -11,11 +11,12 @@ from backends.operations.test_attention import (
     assert_like_reference,
     layer_for,
 )
-from exl_loader.backends.cpu.threads import default_threads
 from exl_loader.backends.cuda.attention import AttentionOps
 from support.attention_cases import attend, shape_of
 from support.cache_layers import make_batch, one_of, random_rows
 from support.targets import ALL_CPUS, TARGETS, target
+
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 # Below, around and above the largest scores of the rows used here.
 SINKS = torch.tensor([-30.0, 0.0, 1.5, 4.0, 8.0, 12.0])
@@ -23,7 +24,7 @@ SINKS = torch.tensor([-30.0, 0.0, 1.5, 4.0, 8.0, 12.0])
 
 @pytest.fixture(params=[*ALL_CPUS, *TARGETS])
 def ops(request):
-    return target(request.param, AttentionOps, threads=default_threads())
+    return target(request.param, AttentionOps, threads=2)
 
 
 @pytest.mark.parametrize(("cache_type", "head_dim", "tolerance"), [
