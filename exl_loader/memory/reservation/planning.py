@@ -124,8 +124,6 @@ def planned(
         options.cache_window, options.cache_size,
     )
     devices = budgets(of_machine(options, splits[0], is_alone=connection is None))
-    in_main_memory = [one for one in devices if backend_of(one.device).is_main_memory]
-    main_memory = in_main_memory[0] if in_main_memory else main_memory_budget(options)
     embedding_card = _embedding_card(options, devices)
     with ExitStack() as files:
         costs = _open(model_dir, options.as_architecture, files, _open_loras(options, files))
@@ -135,22 +133,16 @@ def planned(
         elif connection_bytes is None:
             connection_bytes = _connection_bytes(costs.config, run, connection)
         assigner = Assigner(
-            costs, devices, main_memory, draft_costs, options.ctx_size_draft,
+            costs, devices, _main_memory(options, devices), draft_costs, options.ctx_size_draft,
             embedding_on_card=embedding_card is not None, connection_bytes=connection_bytes,
         )
         others: list[RemotePlanner] = []
-        free_bytes = assigner.free_bytes
         if connection is not None:
             requests = _requests(options, costs, splits, connection, connection_bytes)
             others = begin(connection, requests, costs.num_layers)
-            free_bytes += sum(other.reply.free_bytes for other in others)
         spreader = Spreader(assigner, others, has_limits=any(splits))
-        shown_types = LoadOptions.OPTIONS["cache_type"].choices
-        by_type = {
-            name: replace(run, cache_type=CacheType.parse(name))
-            for name in dict.fromkeys((*shown_types, str(run.cache_type)))
-        }
-        largest = _largest_ctx_sizes(spreader, costs, free_bytes, by_type)
+        by_type = _by_cache_type(run)
+        largest = _largest_ctx_sizes(spreader, costs, by_type)
         ctx_size = _chosen_ctx_size(options, costs.config, largest[str(run.cache_type)])
         _check_positions("ctx_size", ctx_size, costs.config)
         if draft_costs is not None:
@@ -194,6 +186,20 @@ def planned(
         )
         places = {part.planner.machine.place: part.asked for part in chosen.others}
         yield PlannedModel(reservation, model, tuple(segments.values()), draft, places)
+
+
+def _main_memory(options: LoadOptions, devices: Sequence[Budget]) -> Budget:
+    """Return the budget of main memory, which may be that of a device."""
+    for budget in devices:
+        if backend_of(budget.device).is_main_memory:
+            return budget
+    return main_memory_budget(options)
+
+
+def _by_cache_type(run: RunOptions) -> dict[str, RunOptions]:
+    """Return a run with each of the cache types that are shown, and with its own."""
+    names = (*LoadOptions.OPTIONS["cache_type"].choices, str(run.cache_type))
+    return {name: replace(run, cache_type=CacheType.parse(name)) for name in names}
 
 
 def _connection_bytes(config: ModelConfig, run: RunOptions, connection: Connection) -> int:
@@ -329,18 +335,17 @@ def _check_positions(name: str, ctx_size: int, config: ModelConfig) -> None:
 
 
 def _largest_ctx_sizes(
-    spreader: Spreader, costs: LayerCosts, free_bytes: int, runs: Mapping[str, RunOptions]
+    spreader: Spreader, costs: LayerCosts, runs: Mapping[str, RunOptions]
 ) -> dict[str, int]:
     """Return the most tokens that fit for each cache type, in whole pages; 0 for not one page.
 
     Args:
-        free_bytes: the free memory of all devices.
         runs: by cache type.
     """
     pages = {}
     for name, run in runs.items():
         # More pages than would fit if there were no weights and no workspace.
-        most = free_bytes // costs.page_bytes(run.cache_type) + 1
+        most = spreader.free_bytes // costs.page_bytes(run.cache_type) + 1
         if run.cache_size:
             most = min(most, pages_for(run.cache_size))
 

@@ -81,6 +81,11 @@ class Spreader:
         )
 
     @property
+    def free_bytes(self) -> int:
+        """The free memory of all devices together."""
+        return self._assigner.free_bytes + sum(other.reply.free_bytes for other in self._others)
+
+    @property
     def has_others(self) -> bool:
         """Return True if other machines may hold layers."""
         return bool(self._others)
