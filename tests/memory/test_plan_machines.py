@@ -193,19 +193,20 @@ def test_the_largest_context_over_machines_fits_and_one_page_more_does_not(share
 
 
 def slowest(work, ranges) -> int:
-    """Return the most bytes that a machine reads for a token."""
+    """Return the most bytes that a machine reads in a step."""
     ends = [work[1]] + [0] * (len(ranges) - 1)
     return max(sum(work[0][n] for n in part) + end for part, end in zip(ranges, ends, strict=True))
 
 
-def work_of(folder) -> tuple[list[int], int]:
-    """Return the bytes of each layer, and of final norm and head."""
+def work_of(folder, options) -> tuple[list[int], int]:
+    """Return the bytes of each layer with its cache, and of final norm and head."""
     config = ModelConfig.from_dir(folder)
     with Checkpoint.open(folder) as checkpoint:
         parts = build_parts(
             config, checkpoint, DeviceMap.single("cpu", config.num_hidden_layers)
         )
-        sizes = [sum(spec.nbytes for spec in layer.specs()) for layer in parts.layers]
+        cache = plan(folder, device="cpu", **options).cache_bytes // config.num_hidden_layers
+        sizes = [sum(spec.nbytes for spec in layer.specs()) + cache for layer in parts.layers]
         return sizes, sum(spec.nbytes for spec in parts.ends[1].specs())
 
 
@@ -239,7 +240,7 @@ def test_work_is_split_evenly_as_far_as_memory_allows(
         )
         chosen = {"device": "cpu", "memory_limit": limits[0]} | options
         found = plan_over(connection, folder, **chosen)
-        work = work_of(folder)
+        work = work_of(folder, options)
         fitting = []
         for inner in itertools.combinations_with_replacement(
             range(1, num_layers + 1), len(limits) - 1
@@ -366,7 +367,7 @@ def test_a_model_that_fits_within_the_first_limit_stays_there(connection, folder
 
 
 def test_work_is_split_by_the_speed_of_machines(connection, folder):
-    sizes, head = work_of(folder)
+    sizes, head = work_of(folder, SMALL)
 
     def change(speed):
         connection.change = lambda asked, reply: (
@@ -382,6 +383,18 @@ def test_work_is_split_by_the_speed_of_machines(connection, folder):
     )
     assert change(100 * speed) == [range(1), range(1, 3), range(3, 6)]
     assert change(1)[0].stop >= equal[0].stop
+
+
+def test_a_larger_cache_leaves_more_layers_to_the_machine_with_the_head(tmp_path):
+    folder = write_sparse_exl2(tmp_path / "m", num_hidden_layers=6, vocab_size=3200)
+    connection = machines_for(folder, 1)
+    ends = [
+        plan_over(
+            connection, folder, device="cpu", **SMALL | {"ctx_size": ctx_size}
+        ).devices[0].end_layer for ctx_size in (256, 1 << 16)
+    ]
+    connection.close()
+    assert ends == [1, 3]
 
 
 def test_a_draft_model_counts_as_work_of_the_first_machine(connection, folder):

@@ -172,13 +172,13 @@ class Assigner:
         device = self._budgets[0].device
         return backend_of(device).relative_speed(device)
 
-    def work(self) -> Work:
-        """Return what a token reads of the model, and of the draft model."""
+    def work(self, ctx_size: int, run: RunOptions) -> Work:
+        """Return what a step reads of the model and, once, of the draft model."""
         device = self._budgets[0].device
-        work = self._model.work(device)
+        work = self._model.work(device, ctx_size, run)
         if self._draft is None:
             return work
-        draft = self._draft.work(device)
+        draft = self._draft.work(device, *self._of_draft(ctx_size, run))
         return Work(work.layers, work.ends + draft.ends + draft.layers[-1])
 
     @property

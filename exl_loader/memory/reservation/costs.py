@@ -211,14 +211,19 @@ class LayerCosts:
             self._room_bytes(device, layers, run),
         )
 
-    def work(self, device: str) -> Work:
-        """Return the bytes that a token reads of the weights: of each layer, and of the head.
+    def work(self, device: str, ctx_size: int, run: RunOptions) -> Work:
+        """Return the bytes that a step over all texts reads where they fill the cache.
 
-        Of an embedding it reads next to nothing.
+        Of a layer these are its cache and its weights, of which every row of a mixture counts
+        only its own experts. Of an embedding a step reads next to nothing.
         """
         whole = self.whole(device)
         _, head = whole.ends
-        layers = itertools.accumulate((layer.read_bytes() for layer in whole.layers), initial=0)
+        pages = pages_for(run.cache_tokens(ctx_size))
+        cache = self._layer_cache_bytes(device, pages, run.cache_type)
+        layers = itertools.accumulate(
+            (layer.read_bytes() + cache for layer in whole.layers), initial=0
+        )
         return Work(tuple(layers), sum(spec.nbytes for spec in head.specs()))
 
     def main_memory_embedding_bytes(self, device: str, has_head: bool) -> int:

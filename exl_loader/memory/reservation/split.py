@@ -177,7 +177,7 @@ class _Bracket:
 
 @dataclass(frozen=True)
 class Work:
-    """What machines do for a token, in bytes of weights that are read.
+    """What machines do in a step, in bytes that they read.
 
     Args:
         layers: of the first n layers together, for every n from 0.

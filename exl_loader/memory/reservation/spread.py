@@ -129,17 +129,14 @@ class Spreader:
         """
         found: dict[Key, Spread] = {}
         if self._splits_evenly:
-            work = self._assigner.work()
+            work = {key: self._assigner.work(*run) for key, run in runs.items()}
             speeds = [self._assigner.speed, *(other.reply.speed for other in self._others)]
-            even = even_split(work, speeds)
-            assert even is not None
-            found = self._fitting(dict.fromkeys(runs, even), runs)
+            found = self._fitting({key: even_split(work[key], speeds) for key in runs}, runs)
             rest = {key: run for key, run in runs.items() if key not in found}
-            within = {
-                key: even_split(work, speeds, ends) for key, ends in self._ends(rest).items()
-            }
-            splits = {key: ranges for key, ranges in within.items() if ranges is not None}
-            found |= self._fitting(splits, runs)
+            found |= self._fitting({
+                key: even_split(work[key], speeds, ends)
+                for key, ends in self._ends(rest).items()
+            }, runs)
         rest = {key: run for key, run in runs.items() if key not in found}
         found |= self.spread(rest)
         return {key: found[key] for key in runs}
@@ -150,9 +147,11 @@ class Spreader:
         return self._assigner.assign(ctx_size, run, end_layer=end_layer)
 
     def _fitting(
-        self, splits: Mapping[Key, Sequence[range]], runs: Mapping[Key, tuple[int, RunOptions]]
+        self, found: Mapping[Key, Sequence[range] | None],
+        runs: Mapping[Key, tuple[int, RunOptions]],
     ) -> dict[Key, Spread]:
-        """Return those of these splits whose layers fit on every machine."""
+        """Return those of the splits that were found whose layers fit on every machine."""
+        splits = {key: ranges for key, ranges in found.items() if ranges is not None}
         shares = {
             key: self._assigner.assign(*runs[key], end_layer=ranges[0].stop)
             for key, ranges in splits.items()
