@@ -171,6 +171,7 @@ class LayerCosts:
         self._weights: dict[str, WeightCosts] = {}
         self._caches: dict[tuple[str, int, CacheType], int] = {}
         self._workspaces: dict[tuple[object, ...], int] = {}
+        self._besides: dict[tuple[object, ...], int] = {}
         self._layer_kinds: list[Hashable] | None = None
         self._counts_layers = False
 
@@ -342,10 +343,18 @@ class LayerCosts:
             specs = _workspace([stage], ctx_size, run, self.loras)
             segments = lay_out(spec for spec in specs if spec.name not in beside)
             self._workspaces[key] = segments[stage.device, "workspace"].nbytes
-        return self._workspaces[key] + sum(
-            align(math.prod(shape) * DTYPE_BYTES[dtype], device)
-            for dtype, shape in self._beside_cache(len(layers), run).values()
-        )
+        return self._workspaces[key] + self._beside_cache_bytes(device, len(layers), run)
+
+    def _beside_cache_bytes(self, device: str, num_layers: int, run: RunOptions) -> int:
+        """Return the bytes of `_beside_cache`, aligned."""
+        num_open_pages = run.max_batch_size if run.has_open_pages else 0
+        key = backend_of(device).kind, num_layers, num_open_pages, run.cache_type
+        if key not in self._besides:
+            self._besides[key] = sum(
+                align(math.prod(shape) * DTYPE_BYTES[dtype], device)
+                for dtype, shape in self._beside_cache(num_layers, run).values()
+            )
+        return self._besides[key]
 
     def _beside_cache(self, num_layers: int, run: RunOptions) -> Shapes:
         """Return the tensors of the workspace that grow with the number of layers."""

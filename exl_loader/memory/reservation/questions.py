@@ -21,6 +21,9 @@ Message = TypeVar("Message", "PlanRequest", "PlanReply", "Asked", "Assigned", De
 # The questions, in the order in which a plan asks them.
 PLAN, ASSIGN, RECORDS = "plan", "assign", "records"
 
+# The types of each message's attributes, by its class.
+_hints: dict[type, dict[str, Any]] = {}
+
 # No memory has more bytes, and no option is larger.
 _MOST = 1 << 60
 # Attributes that may be negative.
@@ -151,7 +154,10 @@ def from_json(kind: type[Message], values: Any, sender: str) -> Message:
         MachineRefused: it is no such message: a key is missing or unknown, or a value has
             another type or is out of range.
     """
-    hints = get_type_hints(kind)
+    # Evaluated once, because a plan reads some hundred messages.
+    if kind not in _hints:
+        _hints[kind] = get_type_hints(kind)
+    hints = _hints[kind]
     names = [field.name for field in fields(kind)]
     if not isinstance(values, Mapping) or set(values) != set(names):
         found = sorted(map(str, values)) if isinstance(values, Mapping) else values
