@@ -235,7 +235,11 @@ def exact_law(
 def test_random_texts_have_the_law_of_drawing_again_without_what_was_taken_back(
     byte_tokenizer, banned
 ):
-    """The same random number again would favour neighbours of the token that was taken back."""
+    """The same random number again would favour neighbours of the token that was taken back.
+
+    With so many trials that, keeping only the newest token out and keeping none out are each over
+    six standard deviations beyond the bound, in one of the cases at least.
+    """
     ids = dict(zip("abc-", letters_of(byte_tokenizer, "abc-"), strict=True))
     chances = {"a": 0.5, "b": 0.3, "c": 0.15, "-": 0.05}
     row = torch.full((VOCAB,), -60.0)
@@ -244,7 +248,7 @@ def test_random_texts_have_the_law_of_drawing_again_without_what_was_taken_back(
     law = exact_law(lambda text: chances, banned, 3)
     assert sum(law.values()) == pytest.approx(1)
     engine, _, _ = fake_engine(lambda text: row, VOCAB, tokenizer=byte_tokenizer)
-    trials, found = 3000, Counter()
+    trials, found = 1500, Counter()
     for seed in range(trials):
         options = {"seed": seed, "max_new_tokens": 3, "banned_strings": banned}
         found["".join(engine.generate([5], options))] += 1
