@@ -72,7 +72,8 @@ class ModelView:
         self.pick = hidden_field(PICK_ELEM_ID)
         self.asking = hidden_field("exl_ask")
         self.seen = hidden_field("exl_seen_model")
-        self.changed = watch.add("model", self._version, lambda tab: session.loading)
+        self.changed = watch.add("model", self._version, lambda tab: session.loading,
+                                 [self.seen])
         self.cache_type = gr.Dropdown(
             list(CACHE_TYPES), value=str(first.cache_type), allow_custom_value=True,
             elem_id="exl_cache_type", **field_arguments("cache_type", "Cache type"),

@@ -111,7 +111,8 @@ class TextView:
         self.kept = hidden_field("exl_kept")
         self.others = hidden_field("exl_others")
         self.times = hidden_field("exl_times")
-        self.changed = watch.add("text", self._version, self._is_busy)
+        self.changed = watch.add("text", self._version, self._is_busy,
+                                 [self.seen, self.seen_model])
 
     def connect(self, page: gr.Blocks) -> None:
         """Wire the components."""

@@ -9,7 +9,7 @@ open would be quicker, but a browser opens six to a server for all its tabs toge
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -23,8 +23,10 @@ from .widgets import QUICK, hidden_field
 
 # A tab asks this often while something is under way, and otherwise.
 BUSY_MS, IDLE_MS = 100, 1000
-# A drawing that has not arrived after this time counts as lost.
+# A drawing that has not arrived after this time counts as lost, and is asked for again.
 LOST_DRAWING_MS = 30_000
+# One that has failed is asked for again after this time.
+FAILED_MS = 5000
 # After so many questions without an answer the tab says that the server is gone.
 LOST_AFTER = 3
 
@@ -42,9 +44,11 @@ class Watch:
     def __init__(self) -> None:
         self._versions: dict[str, Callable[[str], str]] = {}
         self._busy: list[Callable[[str], bool]] = []
+        self._seen: dict[str, list[str]] = {}
 
     def add(
-        self, name: str, version: Callable[[str], str], busy: Callable[[str], bool]
+        self, name: str, version: Callable[[str], str], busy: Callable[[str], bool],
+        seen: Sequence[gr.Textbox] = (),
     ) -> gr.Textbox:
         """Watch something, made in the current block of Gradio.
 
@@ -52,13 +56,16 @@ class Watch:
             name: of a hidden field.
             version: tab -> a text that is another one whenever the tab has to draw.
             busy: tab -> whether the version changes soon.
+            seen: hidden fields that say what a drawing has shown. Other events may set them too.
 
         Returns:
             The field whose `change` event has to draw. `connect_drawing` wires it.
         """
         self._versions[name] = version
         self._busy.append(busy)
-        return hidden_field(f"exl_watch_{name}")
+        elem_id = f"exl_watch_{name}"
+        self._seen[elem_id] = [str(field.elem_id) for field in seen]
+        return hidden_field(elem_id)
 
     def answer(self, tab: str) -> dict[str, Any]:
         """Return all versions for a tab, and whether anything is under way.
@@ -90,7 +97,8 @@ class Watch:
         Args:
             tab: the hidden field with the tab's name.
         """
-        page.load(None, None, None, js=ask_for_versions(tab.elem_id or ""), **QUICK)
+        page.load(None, None, None, js=ask_for_versions(tab.elem_id or "", self._seen),
+                  **QUICK)
 
 
 def connect_drawing(
@@ -105,32 +113,43 @@ def connect_drawing(
     """
     drawn = trigger.change(draw, inputs, outputs, **arguments)
     name = str(trigger.elem_id)
-    # `then` runs after a failed drawing as well.
-    drawn.then(None, None, None, js=f"() => {{ window.exlDrawing?.delete({json.dumps(name)}); }}",
-               **QUICK)
+    # Gradio 6 runs `then` after a success alone.
+    for event, is_drawn in ((drawn.then, "true"), (drawn.failure, "false")):
+        event(None, None, None, js=f"() => window.exlDrawn?.({json.dumps(name)}, {is_drawn})",
+              **QUICK)
 
 
-def ask_for_versions(tab_id: str) -> str:
+def ask_for_versions(tab_id: str, seen: Mapping[str, Sequence[str]]) -> str:
     """Ask for versions as long as the tab is open: `() -> nothing`.
 
     A field `#exl_watch_NAME` changes when the version of NAME has, unless its last drawing is
-    under way. When the server was gone and is there again, or does not know the tab's conversation
-    any more, the page reloads.
+    under way. It changes again if that was lost or has failed, or if another event shows something
+    else since then. When the server was gone and is there again, or does not know the tab's
+    conversation any more, the page reloads.
 
     Args:
         tab_id: of the hidden field with the tab's name.
+        seen: field that changes -> ids of the fields that say what its drawing has shown.
     """
     return f"""() => {{
-  if (window.exlDrawing) return;
-  const drawing = window.exlDrawing = new Map(), drawn = {{}};
+  if (window.exlDrawn) return;
+  const seen = {json.dumps(dict(seen))};
+  // Field -> the version whose drawing is under way, and until when; field -> what was drawn.
+  const drawing = new Map(), drawn = new Map();
+  // An answer that comes late may show what is older than the last drawing.
+  const shown = (id, version) => [version, ...seen[id].map(each => fieldOf(each)?.value)].join();
+  window.exlDrawn = (id, isDrawn) => {{
+    const [version] = drawing.get(id) ?? [];
+    if (isDrawn) {{ drawn.set(id, shown(id, version)); drawing.delete(id); }}
+    else drawing.set(id, [version, Date.now() + {FAILED_MS}]);
+  }};
   const fieldOf = id => document.querySelector(`#${{id}} textarea, #${{id}} input`);
   let lost = 0, unknown = 0, timer = null, asking = false;
   const draw = (name, version) => {{
     const id = `exl_watch_${{name}}`, field = fieldOf(id);
-    const isDrawn = Date.now() - (drawing.get(id) ?? 0) < {LOST_DRAWING_MS};
-    if (drawn[name] === version || isDrawn || !field) return;
-    drawn[name] = version;
-    drawing.set(id, Date.now());
+    const isUnderWay = Date.now() < (drawing.get(id)?.[1] ?? 0);
+    if (drawn.get(id) === shown(id, version) || isUnderWay || !field) return;
+    drawing.set(id, [version, Date.now() + {LOST_DRAWING_MS}]);
     field.value = `${{version}} ${{Date.now()}}`;
     field.dispatchEvent(new Event("input", {{bubbles: true}}));
   }};

@@ -232,5 +232,19 @@ def draw_in_order(
         trigger(None, None, asking, js=ask_for_drawing(gauge.elem_id), **quiet)
     drawn = asking.change(
         draw, list(inputs), list(outputs), trigger_mode="multiple", **quiet)
-    # `then` runs after a failed drawing as well.
-    drawn.then(None, None, asking, js=drawing_arrived(), **quiet)
+    follow_up(drawn, asking, drawing_arrived(), quiet)
+
+
+def follow_up(event: Any, output: Any, js: str, quiet: dict[str, Any]) -> None:
+    """Wire a script that runs after an event, whether it has failed or not.
+
+    Args:
+        event: as Gradio returned it.
+        output: component that the script sets; None for none.
+        js: the script.
+        quiet: further arguments of Gradio's events.
+    """
+    event.then(None, None, output, js=js, **quiet)
+    # Gradio 4 has no `failure` and runs `then` after a failed event too, Gradio 6 does not.
+    if hasattr(event, "failure"):
+        event.failure(None, None, output, js=js, **quiet)

@@ -22,6 +22,7 @@ from extension.page.connection import (  # noqa: E402
     HeadScript,
     Repeats,
 )
+from extension.page.model_view import OPTION_NAMES  # noqa: E402
 from support.page_server import Page, serve, write_endless_model  # noqa: E402
 from support.tiny import give_chat_template  # noqa: E402
 
@@ -249,3 +250,48 @@ def test_a_page_that_never_gets_a_file_says_so(context, address):
     page.goto(address)
     expect(page.locator("#exl_gone")).to_have_text(UNOPENED)
     assert len(documents) == MOST_RELOADS + 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_a_drawing_that_fails_does_not_stop_the_next_one(context, address):
+    with Page(context, address) as page:
+        failed = []
+
+        def fail_first(route):
+            if not failed and len(route.request.post_data_json["data"]) == len(OPTION_NAMES):
+                failed.append(route)
+                route.fulfill(status=500, json={"error": "it has failed"})
+            else:
+                route.continue_()
+
+        page.page.route("**/run/**", fail_first)
+        with page.page.expect_response(lambda answer: answer.status == 500):
+            page.gauge.get_by_role("button", name="Choose 4-bit cache").click()
+        page.gauge.get_by_role("button", name="Choose 8-bit cache").click()
+        page.expect_options("8-bit cache")
+        assert failed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_what_a_late_answer_has_overwritten_is_drawn_again_also_after_a_failure(context, address):
+    with Page(context, address) as page:
+        seen = page.page.locator("#exl_seen_by_text textarea, #exl_seen_by_text input")
+        expect(seen).to_have_value(re.compile(r"^\d+$"))
+        newest = seen.input_value()
+        failed = []
+
+        def fail_first(route):
+            inputs = route.request.post_data_json["data"]
+            if not failed and len(inputs) == 3 and inputs[2] == "older":
+                failed.append(route)
+                route.fulfill(status=500, json={"error": "it has failed"})
+            else:
+                route.continue_()
+
+        page.page.route("**/run/**", fail_first)
+        seen.evaluate("""field => { field.value = "older";
+            field.dispatchEvent(new Event("input", {bubbles: true})); }""")
+        expect(seen).to_have_value(newest)
+        assert failed

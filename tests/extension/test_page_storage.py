@@ -14,7 +14,7 @@ from support.webui_page import CHROMIUM
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
 
-from support.page_server import WAIT_MS, Page, running, write_endless_model  # noqa: E402
+from support.page_server import Page, running, write_endless_model  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -353,8 +353,7 @@ def test_conversations_outlive_a_server_that_is_killed_while_it_writes(context, 
         expect(question(other)).to_have_count(0)
         other.wait_until_open()
         other.click("#exl_picker input")
-        expect(other.page.get_by_role("option", name="closed one")).to_be_visible(
-            timeout=WAIT_MS)
+        expect(other.page.get_by_role("option", name="closed one")).to_be_visible()
         expect(other.page.get_by_role("option", name="Hello")).to_have_count(0)
         titles = [each[1] for each in other.page.evaluate("window.exlStorage.list()")]
         assert "closed one" in titles and "Hello" not in titles
