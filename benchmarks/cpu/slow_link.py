@@ -36,6 +36,7 @@ class SlowLink:
 
     Attributes:
         prefixes: the command that runs a program in each namespace.
+        process: the id of the process that carries packets.
 
     Raises:
         subprocess.CalledProcessError, OSError: this process may not make namespaces.
@@ -57,6 +58,7 @@ class SlowLink:
             target=_carry, args=(ends, self._latency_s, self._bits_per_s), daemon=True
         )
         self._carrier.start()
+        self.process = self._carrier.pid
         for end in ends:
             os.close(end)
         return self
