@@ -13,7 +13,9 @@ import signal
 import sys
 import time
 import webbrowser
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 # Gradio reads this when it is imported.
@@ -35,6 +37,9 @@ from .session import Session
 from .text_view import TAB_ELEM_ID, TextView
 from .watch import PATH, Watch
 from .widgets import html_block
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 TITLE = "exl_loader"
 HOST = "127.0.0.1"
@@ -163,29 +168,45 @@ def launch(
         share: make a public link through Gradio.
         allowed_hosts: host names that requests may use besides this machine's own.
     """
-    from starlette.middleware import Middleware
-
     # Gradio looks into its queues 1,100 times a second, 6 % of a core. The page has none.
     page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = QUEUE_S
     allowed = AllowedHosts(allowed_hosts)
-    guard = Middleware(Guard, allowed=allowed)
     # Without `_frontend` Gradio does not ask the page for an answer first, and does not give up
     # where a busy machine takes longer than 3 s for it.
     _, address, shared = page.launch(
         server_name=HOST, server_port=port, share=share, inbrowser=False, quiet=True,
         prevent_thread_lock=True, ssr_mode=False, show_error=True, max_file_size=1,
-        app_kwargs={"middleware": [guard]}, theme=_theme(), _frontend=False,
+        app_kwargs={"lifespan": _lifespan(watch, allowed)}, theme=_theme(), _frontend=False,
     )
-    page.app.router.routes.insert(0, watch.route())
-    # Gradio wraps its own middleware around the guard, which would answer some requests first.
-    page.app.user_middleware.remove(guard)
-    page.app.user_middleware[:0] = [guard, Middleware(Repeats)]
-    # Inside of Gradio's, which compresses.
-    page.app.user_middleware.append(Middleware(HeadScript, html=head_html(TAB_ELEM_ID, PATH)))
-    page.app.middleware_stack = page.app.build_middleware_stack()
     if shared:
         allowed.add(urlsplit(shared).hostname or "")
     return shared or address
+
+
+def _lifespan(
+    watch: Watch, allowed: AllowedHosts
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Return what adds our route and middleware to Gradio's application.
+
+    It runs before the server listens. A tab that waits for a server that starts again asks it at
+    once, and must not get a page without our script.
+    """
+    from starlette.middleware import Middleware
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # Gradio begins once more with the next port where one is taken.
+        if all(each.cls is not Guard for each in app.user_middleware):
+            app.router.routes.insert(0, watch.route())
+            # Outside of Gradio's, which would answer some requests first.
+            app.user_middleware[:0] = [Middleware(Guard, allowed=allowed), Middleware(Repeats)]
+            # Inside of Gradio's, which compresses.
+            html = head_html(TAB_ELEM_ID, PATH)
+            app.user_middleware.append(Middleware(HeadScript, html=html))
+            app.middleware_stack = app.build_middleware_stack()
+        yield
+
+    return lifespan
 
 
 def port_number(text: str) -> int:

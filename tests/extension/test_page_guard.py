@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -224,6 +226,36 @@ def status(port, request):
                 break
             answer += data
     return int(answer.split(None, 2)[1]), answer.decode("latin-1").lower()
+
+
+def test_the_first_answers_of_a_server_are_complete(monkeypatch):
+    """A tab whose server starts again asks as soon as it listens, before `launch` returns."""
+    http_server = pytest.importorskip("gradio.http_server")
+    from extension.page.server import launch, make_page
+    from extension.page.session import Session
+    from extension.page.watch import PATH, Watch
+    from extension.panel.panel import ModelChoice
+
+    start, seen = http_server.start_server, {}
+
+    def start_and_ask(*arguments, **options):
+        started = start(*arguments, **options)
+        address = f"http://127.0.0.1:{started[1]}"
+        with urllib.request.urlopen(f"{address}/", timeout=300) as answer:
+            seen["page"] = answer.read().decode()
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"{address}/{PATH}", b"no tab", timeout=300)
+        seen["versions"] = caught.value.code, caught.value.read().decode()
+        seen["evil"], _ = status(started[1], f"GET / HTTP/1.1\n{EVIL}\n")
+        return started
+
+    monkeypatch.setattr(http_server, "start_server", start_and_ask)
+    page = make_page(Session(), ModelChoice("nowhere"), watch := Watch())
+    launch(page, watch)
+    page.close(verbose=False)
+    assert "window.exlSay" in seen["page"]
+    assert seen["versions"][0] == 400 and "tab: expected" in seen["versions"][1]
+    assert seen["evil"] == 403
 
 
 PREFLIGHT = "Access-Control-Request-Method: POST\n"
