@@ -283,13 +283,13 @@ class TextView:
     def _choose(self, chosen: str, typed: str, kept: str, others: str, tab: str) -> Updates:
         """Show the conversation that was chosen, as `_open`.
 
-        Gradio also calls a picker that loses the focus chosen, whatever it shows.
+        Gradio sends this event also when the picker loses the focus and nothing was chosen.
         """
         if chosen == tab:
             return {self.seen: gr.skip()}
         updates = self._open(chosen, typed, kept, others)
         if updates[self.tab] == chosen:
-            # Another one may have been chosen meanwhile.
+            # Without the value, because another conversation may have been chosen meanwhile.
             updates |= self._draw_list(chosen)
         return updates
 
